@@ -1,0 +1,3 @@
+from mdltool.cli.main import main
+
+main()

@@ -1,0 +1,13 @@
+"""Adapters: small modules for one kind of site. One file per method."""
+
+from mdltool.registry import Table
+
+ADAPTERS = Table(
+    "adapter",
+    {
+        "2d": "mdltool.adapters.stage_conv:Conv2dAdapter",
+        "2plus1d": "mdltool.adapters.stage_conv:Conv2Plus1dAdapter",
+        "3d": "mdltool.adapters.stage_conv:Conv3dAdapter",
+        "2d_tmix": "mdltool.adapters.frame_mixing:FrameMixingAdapter",
+    },
+)

@@ -1,0 +1,428 @@
+"""Artifact directories: the only thing that passes between stages (design, section 5).
+
+A stage fills `<name>.partial/` and renames it when complete, so a directory with `artifact.json` is whole. A lock
+in the partial directory keeps two processes from building the same artifact; the kernel drops it on any death.
+"""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from mdltool import __version__
+from mdltool.errors import MdlError
+
+SCHEMA = 1
+KINDS = ("shards", "backbone", "model", "eval", "export", "report")
+_MANIFEST = "artifact.json"
+_PARTIAL = "partial.json"
+_LOCK = "partial.lock"
+
+
+@dataclass(frozen=True)
+class Input:
+    """One artifact that another was made from. role: what it was used as (train, val, backbone, model, eval)."""
+
+    role: str
+    kind: str
+    path: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A complete artifact directory, as its artifact.json describes it."""
+
+    path: Path
+    kind: str
+    stage: str
+    name: str
+    digest: str
+    inputs: tuple[Input, ...]
+    files: dict[str, dict[str, Any]]
+    summary: dict[str, Any]
+    request: dict[str, Any]
+    manifest: dict[str, Any]
+
+    def file(self, name: str) -> Path:
+        """Path of a listed file. Raises MdlError when the artifact does not list it or it lies outside."""
+        path = self.path / name
+        if name not in self.files or not _inside(path, self.path):
+            raise MdlError(
+                f"the artifact has no file '{name}'", self.path, f"it holds: {', '.join(self.files)}"
+            )
+        if not path.is_file():
+            raise MdlError(f"a file of the artifact is gone: {name}", self.path, "make the artifact again")
+        return path
+
+    def load_json(self, name: str) -> Any:
+        """The parsed content of a listed JSON file."""
+        path = self.file(name)
+        try:
+            return json.loads(path.read_text())
+        except (ValueError, UnicodeDecodeError) as error:
+            raise MdlError(f"{name} is not valid JSON ({error})", path, "mdltool inspect --verify") from None
+
+    def as_input(self, role: str) -> Input:
+        return Input(role, self.kind, str(self.path.resolve()), self.digest)
+
+    def verify(self) -> list[str]:
+        """Check every file's size and sha256; returns the faults, empty when all is well."""
+        faults = []
+        for name, entry in self.files.items():
+            path = self.path / name
+            if not _inside(path, self.path):
+                faults.append(f"{name}: lies outside the artifact")
+            elif not path.is_file():
+                faults.append(f"{name}: missing")
+            elif path.stat().st_size != entry["bytes"]:
+                faults.append(f"{name}: {path.stat().st_size} bytes, {entry['bytes']} expected")
+            elif sha256_file(path) != entry["sha256"]:
+                faults.append(f"{name}: content differs from its sha256")
+        if _digest(self.kind, self.stage, self.inputs, self.files) != self.digest:
+            faults.append(f"{_MANIFEST}: its digest does not follow from its files and inputs")
+        return faults
+
+
+def open_artifact(path: str | Path, kind: str | Iterable[str] | None = None) -> Artifact:
+    """Read an artifact directory. Raises MdlError when it is missing, incomplete, newer, or of another kind."""
+    path = Path(path)
+    kinds = KINDS if kind is None else (kind,) if isinstance(kind, str) else tuple(kind)
+    wanted = " or ".join(kinds) if kind is not None else "an artifact"
+    manifest_path = path / _MANIFEST
+    if not manifest_path.is_file():
+        raise _not_an_artifact(path, wanted)
+    try:
+        manifest = json.loads(manifest_path.read_text())
+        schema = int(manifest["schema"])
+        if schema > SCHEMA:
+            raise MdlError(
+                f"this artifact has schema {schema}, made by mdltool {manifest.get('mdltool', '?')}; "
+                f"this is mdltool {__version__}, which reads up to {SCHEMA}",
+                path,
+                "update mdltool",
+            )
+        artifact = Artifact(
+            path=path,
+            kind=manifest["kind"],
+            stage=manifest["stage"],
+            name=manifest["name"],
+            digest=manifest["digest"],
+            inputs=tuple(Input(**entry) for entry in manifest["inputs"]),
+            files=manifest["files"],
+            summary=manifest["summary"],
+            request=manifest.get("request", {}),
+            manifest=manifest,
+        )
+    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise MdlError(f"artifact.json cannot be read ({error!r})", manifest_path, "make it again") from None
+    if artifact.kind not in kinds:
+        raise MdlError(
+            f"this is a {artifact.kind} artifact, not {wanted}", path, f"give the path of a {wanted}"
+        )
+    return artifact
+
+
+def _not_an_artifact(path: Path, wanted: str) -> MdlError:
+    partial = path if path.name.endswith(".partial") else path.with_name(path.name + ".partial")
+    if (partial / _PARTIAL).is_file():
+        try:
+            stage = json.loads((partial / _PARTIAL).read_text()).get("stage", "?")
+        except ValueError:
+            stage = "?"
+        again = "the same command with --resume" if stage == "train" else "the same command again"
+        return MdlError(f"this artifact is incomplete: '{stage}' was interrupted", partial, f"run {again}")
+    if not path.exists():
+        return MdlError("there is no such directory", path, f"give the path of a {wanted} artifact")
+    return MdlError("this is not an artifact (it has no artifact.json)", path, f"give the path of a {wanted}")
+
+
+class Draft:
+    """An artifact being built in `<out>.partial/`; `commit` makes it whole. Made by `begin`."""
+
+    def __init__(self, out: Path, lock: IO[str], header: dict[str, Any], resumed: bool) -> None:
+        self.out = out
+        self.path = partial_path(out)
+        self.resumed = resumed
+        self._lock = lock
+        self._header = header
+
+    def commit(
+        self,
+        summary: Mapping[str, Any],
+        *,
+        volatile: Iterable[str] = (),
+        known: Mapping[str, tuple[int, str]] | None = None,
+        drop: Iterable[str] = (),
+    ) -> Artifact:
+        """Hash the files, write artifact.json and rename. Returns the complete artifact.
+
+        volatile: files or folders that carry times and are left out of the digest.
+        known: file -> (bytes, sha256) where the writer has hashed it already.
+        drop: names of working files and folders to delete first (checkpoints, sidecars).
+        """
+        for name in drop:
+            target = self.path / name
+            if target.is_dir():
+                shutil.rmtree(target)
+            else:
+                target.unlink(missing_ok=True)
+        volatile = tuple(volatile)
+        files = {}
+        for path in sorted(p for p in self.path.rglob("*") if p.is_file()):
+            name = path.relative_to(self.path).as_posix()
+            if name in (_PARTIAL, _LOCK, _MANIFEST):
+                continue
+            size, sha256 = (known or {}).get(name) or (path.stat().st_size, sha256_file(path))
+            files[name] = {"bytes": size, "sha256": sha256}
+            if any(name == v or name.startswith(v + "/") for v in volatile):
+                files[name]["volatile"] = True
+        inputs = tuple(Input(**entry) for entry in self._header["inputs"])
+        stage, kind = self._header["stage"], self._header["kind"]
+        manifest = {
+            "schema": SCHEMA,
+            "kind": kind,
+            "stage": stage,
+            "name": self.out.name,
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "mdltool": __version__,
+            "digest": _digest(kind, stage, inputs, files),
+            "inputs": self._header["inputs"],
+            "request": self._header["request"],
+            "files": files,
+            "environment": environment(),
+            "summary": dict(summary),
+        }
+        write_text(self.path / _MANIFEST, json.dumps(manifest, indent=1))
+        (self.path / _PARTIAL).unlink()
+        (self.path / _LOCK).unlink()
+        os.rename(self.path, self.out)
+        _sync_directory(self.out.parent)
+        self._lock.close()
+        if self.out.parent.name == kind:
+            _point_latest(self.out)
+        return open_artifact(self.out, kind)
+
+    def abandon(self, keep: bool = False) -> None:
+        """Give up: release the lock, and delete the partial directory unless `keep`."""
+        self._lock.close()
+        if not keep:
+            shutil.rmtree(self.path, ignore_errors=True)
+
+
+def begin(
+    out: Path,
+    *,
+    kind: str,
+    stage: str,
+    inputs: Iterable[Input],
+    request: Mapping[str, Any],
+    resume: str = "never",
+) -> Draft | Artifact:
+    """Start building the artifact `out`, or return it when it is already there, complete and identical.
+
+    request: plain JSON values that, with the inputs' digests, decide the content. resume: what to do with an
+    interrupted build of the same request: "never" starts over, "auto" continues it, "ask" refuses and names
+    --resume, "must" continues and fails where there is nothing to continue.
+    Raises MdlError when `out` holds something else, another request is half done there, or another process is
+    at it.
+    """
+    header = {
+        "stage": stage,
+        "kind": kind,
+        "inputs": [asdict(entry) for entry in inputs],
+        "request": json.loads(json.dumps(dict(request))),
+    }
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        return _reuse(out, header)
+    partial = partial_path(out)
+    interrupted = (partial / _PARTIAL).is_file()
+    if partial.exists() and not interrupted and any(p.name != _LOCK for p in partial.iterdir()):
+        raise MdlError("this directory holds something else", partial, "give another --out, or move it away")
+    if resume == "must" and not interrupted:
+        raise MdlError("there is nothing to resume", partial, "run without --resume")
+    partial.mkdir(parents=True, exist_ok=True)
+    lock = _take_lock(partial)
+    resumed = False
+    if interrupted:
+        resumed = _may_resume(partial, header, resume)
+        if not resumed:
+            _empty(partial)
+    write_text(partial / _PARTIAL, json.dumps(header, indent=1))
+    return Draft(out, lock, header, resumed)
+
+
+def _reuse(out: Path, header: dict[str, Any]) -> Artifact:
+    if not (out / _MANIFEST).is_file():
+        raise MdlError("this path holds something else", out, "give another --out, or move it away")
+    found = open_artifact(out)
+    same_inputs = [(i.role, i.kind, i.digest) for i in found.inputs] == [
+        (i["role"], i["kind"], i["digest"]) for i in header["inputs"]
+    ]
+    if found.kind == header["kind"] and found.stage == header["stage"] and same_inputs:
+        if found.request == header["request"]:
+            if out.parent.name == found.kind:
+                _point_latest(out)
+            return found
+        differs = ", ".join(_differences(found.request, header["request"]))
+        detail = f" (different: {differs})"
+    else:
+        detail = f" (a {found.kind} artifact, or other inputs)"
+    raise MdlError(f"another artifact is already there{detail}", out, "give another --out, or remove it")
+
+
+def _may_resume(partial: Path, header: dict[str, Any], resume: str) -> bool:
+    try:
+        old = json.loads((partial / _PARTIAL).read_text())
+    except ValueError:
+        old = {}
+    if resume == "never":
+        return False
+
+    def content(h: dict[str, Any]) -> Any:
+        inputs = [(i["role"], i["kind"], i["digest"]) for i in h.get("inputs", [])]
+        return h.get("stage"), h.get("kind"), inputs, h.get("request")
+
+    if content(old) != content(header):
+        differs = ", ".join(_differences(old.get("request", {}), header["request"])) or "its inputs"
+        raise MdlError(
+            f"an interrupted '{old.get('stage', '?')}' of another request is here (different: {differs})",
+            partial,
+            "repeat that command, give another --out, or delete the directory",
+        )
+    if resume == "ask":
+        raise MdlError(
+            "an interrupted run is here", partial, "add --resume to continue it, or delete the directory"
+        )
+    return True
+
+
+def _differences(a: Any, b: Any, at: str = "") -> list[str]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = sorted(set(a) | set(b))
+        return [d for k in keys for d in _differences(a.get(k), b.get(k), f"{at}.{k}" if at else k)][:6]
+    return [] if a == b else [at or "request"]
+
+
+def _take_lock(partial: Path) -> IO[str]:
+    handle = open(partial / _LOCK, "a")  # noqa: SIM115 - held until commit or death
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        handle.close()
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise MdlError(
+                "another process is writing this artifact", partial, "wait for it, or give another --out"
+            ) from None
+        raise
+    return handle
+
+
+def _empty(partial: Path) -> None:
+    for child in partial.iterdir():
+        if child.name == _LOCK:
+            continue
+        if child.is_dir() and not child.is_symlink():
+            shutil.rmtree(child)
+        else:
+            child.unlink()
+
+
+def partial_path(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
+
+
+def work_dir(option: Path | None) -> Path:
+    """The work directory: the option, else $MDLTOOL_WORK, else ./artifacts."""
+    return option or Path(os.environ.get("MDLTOOL_WORK") or "artifacts")
+
+
+def latest(work: Path, kind: str) -> Artifact | None:
+    """The artifact that `<work>/<kind>/latest` points at, or None."""
+    link = work / kind / "latest"
+    return open_artifact(link.resolve(), kind) if link.exists() else None
+
+
+def _point_latest(out: Path) -> None:
+    temporary = out.parent / f".latest.{os.getpid()}"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(out.name)
+    os.replace(temporary, out.parent / "latest")
+
+
+def _digest(kind: str, stage: str, inputs: Iterable[Input], files: Mapping[str, Mapping[str, Any]]) -> str:
+    content = {
+        "kind": kind,
+        "stage": stage,
+        "inputs": [[i.role, i.kind, i.digest] for i in inputs],
+        "files": {
+            name: entry["sha256"] for name, entry in sorted(files.items()) if not entry.get("volatile")
+        },
+    }
+    return digest_of(content)
+
+
+def digest_of(value: Any) -> str:
+    """sha256 (hex) of a value's canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file or nothing: a temporary beside it, flushed to disk, then renamed."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """As write_text, for bytes."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as handle:
+        handle.write(data)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(temporary, path)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _inside(path: Path, directory: Path) -> bool:
+    return path.resolve().is_relative_to(directory.resolve())
+
+
+def environment() -> dict[str, Any]:
+    """What made the artifact: versions and host. Not part of the digest."""
+    from importlib import metadata
+
+    versions = {}
+    for package in ("torch", "torchvision", "av", "torchcodec", "pytorchvideo", "numpy"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "cpus": os.cpu_count(),
+        "packages": versions,
+    }

@@ -1,0 +1,99 @@
+"""The entry point: collects the commands and turns failures into exit codes."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from mdltool import __version__
+from mdltool.errors import MdlError
+
+# The order of the help. Each module offers `register(app)`; none imports anything heavy at its top.
+COMMANDS: tuple[str, ...] = ()
+
+app = typer.Typer(
+    name="mdltool",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Multi-domain action recognition: one backbone, small adapters per video domain.",
+    epilog="Start with: mdltool demo",
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"mdltool {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of every error.")] = False,
+) -> None:
+    if debug:
+        os.environ["MDLTOOL_DEBUG"] = "1"
+
+
+for _name in COMMANDS:
+    importlib.import_module(f"mdltool.cli.{_name}").register(app)
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 done, 1 the user can fix it, 2 usage, 70 our defect, 75 stopped."""
+    debug = "--debug" in sys.argv
+    try:
+        app()
+    except MdlError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        # the reader went away (| head); there is nobody to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if debug:
+            raise
+        _operating_system_error(error)
+    except Exception:
+        import traceback
+
+        traceback.print_exc()
+        print(
+            f"\nThis is a defect of mdltool {__version__}. Please report it with the lines above.",
+            file=sys.stderr,
+        )
+        sys.exit(70)
+
+
+def _operating_system_error(error: OSError) -> None:
+    import errno
+
+    fixes = {
+        errno.ENOSPC: "free some space, then run the same command again: finished work is kept",
+        errno.EDQUOT: "your quota is used up: free some space, then run the same command again",
+        errno.EACCES: "check the permissions, or give another --out",
+        errno.EROFS: "this file system is read-only: give another --out",
+    }
+    where = f" ({error.filename})" if error.filename else ""
+    print(f"error: {error.strerror or error}{where}", file=sys.stderr)
+    if error.errno in fixes:
+        print(f"  fix:   {fixes[error.errno]}", file=sys.stderr)
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""Options that several commands share, each described once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of the result.")]
+Work = Annotated[
+    Path | None, typer.Option("--work", help="Work directory (default: $MDLTOOL_WORK, else ./artifacts).")
+]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", help="The artifact directory to make (default: in the work directory)."),
+]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data", help="DOMAIN=SHARDS; repeat it. The split is read from the shards.", metavar="D=PATH"
+    ),
+]
+Recipe = Annotated[
+    str, typer.Option("--recipe", help="A recipe's name (mdltool recipe list) or a YAML file.")
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override one key of the recipe; repeat it.", metavar="KEY=VALUE"),
+]

@@ -1,0 +1,14 @@
+"""Annotation formats, read as published. One file per format; each offers `read(source, annotations, split)`."""
+
+from mdltool.registry import Table
+
+FORMATS = Table(
+    "annotation format",
+    {
+        "folder": "mdltool.data.formats.folder:read",
+        "csv": "mdltool.data.formats.csv_list:read",
+        "ucf101": "mdltool.data.formats.ucf101:read",
+        "hmdb51": "mdltool.data.formats.hmdb51:read",
+        "kinetics": "mdltool.data.formats.kinetics:read",
+    },
+)

@@ -1,0 +1,87 @@
+"""The nouns that cross module borders. No torch at import time: the command line reads this too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One annotated segment of one video, as an annotation format lists it.
+
+    key: unique within a domain's split; a relative path without extension and without dots.
+    video: the source file. label: index into the domain's classes, from 0.
+    start_s, end_s: the segment in seconds of presentation time from the first frame; None: the whole file.
+    """
+
+    key: str
+    video: Path
+    label: int
+    start_s: float | None = None
+    end_s: float | None = None
+
+    @property
+    def is_segment(self) -> bool:
+        return self.start_s is not None or self.end_s is not None
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What an annotation format found: classes in label order, clips, and what it noticed.
+
+    missing: (key, reason) of listed clips whose file is not there. notes: sentences printed to the user
+    (label base, classes seen against listed, ...).
+    """
+
+    classes: tuple[str, ...]
+    clips: tuple[Clip, ...]
+    missing: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Site:
+    """A named place in a backbone where an adapter can attach.
+
+    path: dotted module path inside the library's network. kind: stage, block, attention, mlp, conv, linear.
+    layout: the axes of the tensor that an adapter sees, e.g. "BCTHW". channels: size of C.
+    grid: (T, H, W) at the configured clip shape.
+    """
+
+    name: str
+    path: str
+    kind: str
+    layout: str
+    channels: int
+    grid: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Domain:
+    """A dataset with its label space and task; adapters and head hang on its name."""
+
+    name: str
+    task: str
+    classes: tuple[str, ...]
+
+
+@dataclass
+class Batch:
+    """Clips of one domain on their way to the model.
+
+    frames: uint8 [B, C, T, H, W], values 0..255, not normalised. labels: int64 [B].
+    keys: the clips' keys. positions: each clip's position in the domain's endless stream.
+    skipped: (key, reason) of clips that could not be decoded and were passed over for the next of the stream.
+    """
+
+    domain: str
+    frames: torch.Tensor
+    labels: torch.Tensor
+    keys: list[str]
+    positions: list[int] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
