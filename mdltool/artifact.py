@@ -58,9 +58,7 @@ class Artifact:
         """Path of a listed file. Raises MdlError when the artifact does not list it or it lies outside."""
         path = self.path / name
         if name not in self.files or not _inside(path, self.path):
-            raise MdlError(
-                f"the artifact has no file '{name}'", self.path, f"it holds: {', '.join(self.files)}"
-            )
+            raise MdlError(f"the artifact has no file '{name}'", self.path, f"it holds: {', '.join(self.files)}")
         if not path.is_file():
             raise MdlError(f"a file of the artifact is gone: {name}", self.path, "make the artifact again")
         return path
@@ -127,9 +125,7 @@ def open_artifact(path: str | Path, kind: str | Iterable[str] | None = None) -> 
     except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise MdlError(f"artifact.json cannot be read ({error!r})", manifest_path, "make it again") from None
     if artifact.kind not in kinds:
-        raise MdlError(
-            f"this is a {artifact.kind} artifact, not {wanted}", path, f"give the path of a {wanted}"
-        )
+        raise MdlError(f"this is a {artifact.kind} artifact, not {wanted}", path, f"give the path of a {wanted}")
     return artifact
 
 
@@ -365,9 +361,7 @@ def _digest(kind: str, stage: str, inputs: Iterable[Input], files: Mapping[str, 
         "kind": kind,
         "stage": stage,
         "inputs": [[i.role, i.kind, i.digest] for i in inputs],
-        "files": {
-            name: entry["sha256"] for name, entry in sorted(files.items()) if not entry.get("volatile")
-        },
+        "files": {name: entry["sha256"] for name, entry in sorted(files.items()) if not entry.get("volatile")},
     }
     return digest_of(content)
 

@@ -17,13 +17,9 @@ Out = Annotated[
 ]
 Data = Annotated[
     list[str] | None,
-    typer.Option(
-        "--data", help="DOMAIN=SHARDS; repeat it. The split is read from the shards.", metavar="D=PATH"
-    ),
+    typer.Option("--data", help="DOMAIN=SHARDS; repeat it. The split is read from the shards.", metavar="D=PATH"),
 ]
-Recipe = Annotated[
-    str, typer.Option("--recipe", help="A recipe's name (mdltool recipe list) or a YAML file.")
-]
+Recipe = Annotated[str, typer.Option("--recipe", help="A recipe's name (mdltool recipe list) or a YAML file.")]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override one key of the recipe; repeat it.", metavar="KEY=VALUE"),
