@@ -26,3 +26,7 @@ class MdlError(Exception):
     # Exceptions are pickled on their way out of worker processes; the default would lose where and fix.
     def __reduce__(self) -> tuple[type[MdlError], tuple[str, str | None, str | None]]:
         return (type(self), (self.what, self.where, self.fix))
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop and its checkpoint is written; the command line exits with 75."""

@@ -1,0 +1,89 @@
+"""BatchNorms of the backbone with statistics, or weights too, of their own for each domain (spec omi_mdl 6.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from mdltool.adapters.base import Route, Wrapper, library_modules
+
+
+class DomainStatistics(nn.Module):
+    """One domain's running statistics, and with `affine` its weight and bias, copied from the shared layer."""
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(self, source: nn.BatchNorm3d, affine: bool) -> None:
+        super().__init__()
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            self.register_buffer(name, getattr(source, name).clone())
+        self.weight = nn.Parameter(source.weight.detach().clone()) if affine else None
+        self.bias = nn.Parameter(source.bias.detach().clone()) if affine else None
+
+    def reset(self) -> None:
+        """Forget the statistics; what comes next is averaged with equal weights (see DomainBatchNorm)."""
+        self.running_mean.zero_()
+        self.running_var.fill_(1)
+        self.num_batches_tracked.zero_()
+
+
+class DomainBatchNorm(Wrapper):
+    """A backbone's BatchNorm3d that normalises each domain with that domain's statistics.
+
+    affine: weight and bias are per domain too (`per_domain`); else shared (`per_domain_stats`). use_shared: behave
+    as the library's layer, statistics included, while a `recalibrate` run trains. recalibrating: average batches with
+    equal weights instead of a decaying one.
+    """
+
+    inner: nn.BatchNorm3d
+
+    def __init__(self, inner: nn.BatchNorm3d, domains: Iterable[str], affine: bool, route: Route) -> None:
+        super().__init__(inner, route)
+        self.use_shared = False
+        self.recalibrating = False
+        self.statistics = nn.ModuleDict({domain: DomainStatistics(inner, affine) for domain in domains})
+
+    def forward(self, x_BCTHW: Tensor) -> Tensor:
+        if self.use_shared:
+            return self.inner(x_BCTHW)
+        assert self.route.domain is not None
+        own = self.statistics[self.route.domain]
+        assert isinstance(own, DomainStatistics)
+        momentum = self.inner.momentum if self.inner.momentum is not None else 0.1
+        if self.training:
+            own.num_batches_tracked += 1
+            if self.recalibrating:
+                momentum = 1 / float(own.num_batches_tracked)
+        return torch.nn.functional.batch_norm(
+            x_BCTHW,
+            own.running_mean,
+            own.running_var,
+            self.inner.weight if own.weight is None else own.weight,
+            self.inner.bias if own.bias is None else own.bias,
+            self.training,
+            momentum,
+            self.inner.eps,
+        )
+
+    def domain_modules(self) -> Mapping[str, nn.Module]:
+        return dict(self.statistics.items())
+
+
+def attach_domain_norms(
+    net: nn.Module, domains: Iterable[str], affine: bool, route: Route
+) -> dict[str, DomainBatchNorm]:
+    """Wrap every BatchNorm3d of the network itself. Returns library path -> wrapper.
+
+    Called before adapters attach, so that the paths are the library's and the adapters' own norms stay as they are.
+    """
+    domains = tuple(domains)
+    wrapped = {}
+    norms = [(path, module) for path, module in library_modules(net) if isinstance(module, nn.BatchNorm3d)]
+    for path, norm in norms:
+        wrapped[path] = DomainBatchNorm(norm, domains, affine, route)
+        net.set_submodule(path, wrapped[path])
+    return wrapped

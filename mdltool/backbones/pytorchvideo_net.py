@@ -1,0 +1,53 @@
+"""What x3d and slow_r50 share: PyTorchVideo's `blocks`, the last of which bundles pool and classifier.
+
+Omi et al. cut them into M1..M5 (blocks 0 to 4), M6 (the pool of the last block) and M7 (dropout and linear layer);
+adapters sit after M1..M5 (spec omi_mdl 2.1).
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Literal
+
+from torch import Tensor, nn
+
+from mdltool.backbones.base import Backbone, BackboneOptions
+
+with warnings.catch_warnings():
+    # fvcore scripts a function at import, which newer torch calls deprecated: nothing that a user could change.
+    warnings.simplefilter("ignore")
+    from pytorchvideo.models.resnet import create_resnet
+    from pytorchvideo.models.x3d import create_x3d
+
+__all__ = ["PoolOptions", "PyTorchVideoBackbone", "create_resnet", "create_x3d"]
+
+
+class PoolOptions(BackboneOptions):
+    pool: Literal["fixed", "adaptive"] = "adaptive"
+
+
+class PyTorchVideoBackbone(Backbone):
+    """Runs blocks 0..4 and the pool of block 5; the hub head's softmax and output pool are bypassed."""
+
+    Options = PoolOptions
+
+    def __init__(self, net: nn.Module, num_frames: int, crop: int, pool: str) -> None:
+        head = net.blocks[-1]
+        super().__init__(net, head.proj.in_features, num_frames, crop)
+        self.take_classifier(f"blocks.{len(net.blocks) - 1}.proj")
+        # The hub head softmaxes in training too: with cross-entropy that would be a double softmax.
+        head.activation = None
+        head.output_pool = None
+        head.dropout = None
+        if pool == "adaptive":
+            holder = head.pool if hasattr(head.pool, "pre_conv") else head
+            holder.pool = nn.AdaptiveAvgPool3d(1)
+
+    def forward(self, x_BCTHW: Tensor) -> Tensor:
+        for block in self.net.blocks[:-1]:
+            x_BCTHW = block(x_BCTHW)
+        pooled_BFthw = self.net.blocks[-1].pool(x_BCTHW)
+        return pooled_BFthw.flatten(2).transpose(1, 2)
+
+    def site_paths(self) -> dict[str, tuple[str, str]]:
+        return {f"stage{i + 1}": (f"blocks.{i}", "stage") for i in range(len(self.net.blocks) - 1)}

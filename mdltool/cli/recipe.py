@@ -1,0 +1,124 @@
+"""mdltool recipe list|show|copy|validate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mdltool.cli import options
+from mdltool.errors import MdlError
+
+Name = Annotated[str, typer.Argument(help="A recipe's name or YAML file.", metavar="RECIPE")]
+
+
+def register(app: typer.Typer) -> None:
+    group = typer.Typer(
+        no_args_is_help=True, rich_markup_mode=None, help="The recipes that ship, and your own.", add_completion=False
+    )
+    group.command("list", epilog="Example: mdltool recipe list --family omi")(list_recipes)
+    group.command("show", epilog="Example: mdltool recipe show omi_x3dm_all")(show)
+    group.command("copy", epilog="Example: mdltool recipe copy tiny_demo mine.yaml")(copy)
+    group.command("validate", epilog="Example: mdltool recipe validate mine.yaml")(validate)
+    app.add_typer(group, name="recipe")
+
+
+def list_recipes(
+    family: Annotated[str | None, typer.Option("--family", help="Only this family, e.g. omi.")] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Every recipe with what it stands for and the numbers that its paper prints."""
+    import yaml
+
+    from mdltool import console
+    from mdltool.recipe import ALIASES, shipped
+    from mdltool.registry import did_you_mean
+
+    rows = []
+    for name, path in shipped().items():
+        # libyaml's loader: a list of many files should not take seconds
+        content = yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        rows.append({"name": name, "family": path.parent.name, **_summary(content)})
+    families = sorted({row["family"] for row in rows})
+    if family is not None:
+        if family not in families:
+            raise MdlError(f"there is no family '{family}'", "--family", did_you_mean(family, families))
+        rows = [row for row in rows if row["family"] == family]
+    if as_json:
+        console.result_json({"recipes": rows, "aliases": ALIASES})
+        return
+    for group in sorted({row["family"] for row in rows}):
+        cells = [
+            (r["name"], r["about"], "; ".join(r["rows"]), _numbers(r["top1"]), _numbers(r["parameters_m"]))
+            for r in rows
+            if r["family"] == group
+        ]
+        columns = ("recipe", "about", "paper's rows", "published top-1", "published parameters, M")
+        console.table(group, columns, cells, to_stdout=True)
+    for alias, name in ALIASES.items():
+        console.result(f"{alias} = {name}")
+
+
+def _summary(content: dict[str, Any]) -> dict[str, Any]:
+    published = content.get("published") or {}
+    return {
+        "about": content.get("about", ""),
+        "paper": published.get("paper"),
+        "rows": published.get("rows", []),
+        "top1": published.get("top1", {}),
+        "parameters_m": published.get("parameters_m", {}),
+    }
+
+
+def _numbers(values: dict[str, float]) -> str:
+    return ", ".join(f"{key} {value:.2f}" for key, value in values.items())
+
+
+def show(recipe: Name, as_json: options.Json = False) -> None:
+    """The recipe's file; with --json the validated content, defaults filled in."""
+    from mdltool import console
+    from mdltool.recipe import find, load
+
+    if as_json:
+        console.result_json(load(recipe).model_dump(mode="json"))
+    else:
+        console.result(find(recipe).read_text().rstrip())
+
+
+def copy(
+    recipe: Name,
+    target: Annotated[Path, typer.Argument(help="The new YAML file.", metavar="FILE")],
+    as_json: options.Json = False,
+) -> None:
+    """Copy a recipe to a file of your own, to edit."""
+    from mdltool import console
+    from mdltool.recipe import find
+
+    source = find(recipe)
+    if target.exists():
+        raise MdlError("the file is there already", target, "give another name")
+    if not target.parent.is_dir():
+        raise MdlError("there is no such folder", target.parent, "make it first")
+    target.write_text(source.read_text())
+    if as_json:
+        console.result_json({"recipe": str(target)})
+    else:
+        console.result(str(target))
+
+
+def validate(
+    recipe: Annotated[list[str], typer.Argument(help="Names or YAML files.", metavar="RECIPE...")],
+    overrides: options.Set = None,
+    as_json: options.Json = False,
+) -> None:
+    """Check recipes; every fault is named with its path and the nearest valid key."""
+    from mdltool import console
+    from mdltool.recipe import load
+
+    names = [load(name, overrides or ()).name for name in recipe]
+    if as_json:
+        console.result_json({"valid": names})
+    else:
+        for name in names:
+            console.result(f"{name}: valid")

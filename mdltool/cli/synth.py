@@ -1,0 +1,47 @@
+"""mdltool synth: generated video domains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mdltool.cli.options import Json
+
+
+def register(app: typer.Typer) -> None:
+    app.command("synth", epilog="Example: mdltool synth --out videos --clips-per-class 24 --seed 0")(synth)
+
+
+def synth(
+    out: Annotated[Path, typer.Option("--out", help="Directory for the videos.")],
+    domains: Annotated[
+        str, typer.Option(help="Of chalk, neon, field, paper, dusk, mosaic; comma-separated.")
+    ] = "chalk,neon,field",
+    clips_per_class: Annotated[int, typer.Option(help="Training clips per class; other splits get half.")] = 24,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same files.")] = 0,
+    splits: Annotated[str, typer.Option(help="Comma-separated.")] = "train,val",
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes (default: one per core).")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write generated video domains: OUT/<domain>/<split>/<class>/<clip>.mp4.
+
+    Half of the classes come in pairs that are exact time reversals of each other, so a model without a sense of
+    time cannot tell them apart. Read them with: mdltool shard OUT/chalk/train --format folder
+    """
+    from mdltool import console
+    from mdltool.data.synth import write_domains
+
+    written = write_domains(out, domains.split(","), clips_per_class, seed, splits.split(","), workers)
+    if as_json:
+        console.result_json(
+            {
+                "out": str(written.out),
+                "domains": list(written.classes),
+                "classes": {domain: list(names) for domain, names in written.classes.items()},
+                "clips": written.clips,
+            }
+        )
+    else:
+        console.result(str(written.out))

@@ -1,0 +1,281 @@
+"""Backbone + adapters + heads: the one place where a multi-domain model is assembled.
+
+Shape suffixes: B batch, C channels, T frames, H height, W width, P pooled positions, F features, N outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from mdltool.adapters import ADAPTERS
+from mdltool.adapters.base import AdaptedSite, Route, Wrapper, attach, library_modules, library_tensors
+from mdltool.adapters.domain_norm import DomainBatchNorm, attach_domain_norms
+from mdltool.backbones import BACKBONES
+from mdltool.backbones.base import Backbone
+from mdltool.errors import MdlError
+from mdltool.registry import did_you_mean
+from mdltool.types import Site
+
+RESERVED_DOMAINS = ("backbone", "shared", "head")
+REGIMES = ("frozen", "joint", "heads", "full", "adapters")
+BATCH_NORMS = ("frozen", "shared", "per_domain_stats", "per_domain", "recalibrate")
+_DOMAIN_NORMS = ("per_domain_stats", "per_domain", "recalibrate")
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """One entry of a recipe's adapters: method, where it goes, its options as plain values."""
+
+    type: str
+    sites: str | list[str]
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Everything that decides a model's shape, as plain values; stored with the weights and enough to rebuild it.
+
+    domains: name -> number of head outputs. bn: how the backbone's BatchNorms treat domains.
+    """
+
+    backbone: str
+    backbone_options: dict[str, Any]
+    num_frames: int
+    crop: int
+    domains: dict[str, int]
+    adapters: list[AdapterSpec]
+    bn: str = "shared"
+    dropout: float = 0.5
+    head_init: str = "default"
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> ModelSpec:
+        adapters = [AdapterSpec(**entry) for entry in value["adapters"]]
+        return ModelSpec(**{**value, "adapters": adapters})
+
+
+class MultiDomainModel(nn.Module):
+    """y_d = head_d(M(x)) with domain d's adapters, and the shared norms after them, at the sites (eq. 2)."""
+
+    def __init__(self, backbone: Backbone, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.route = Route()
+        self.backbone = backbone
+        self.norms: dict[str, DomainBatchNorm] = {}
+        self.sites: dict[str, AdaptedSite] = {}
+        self._eval_modules: list[nn.Module] = []
+        sites = _sites_of(backbone, spec.adapters)
+        if spec.bn in _DOMAIN_NORMS:
+            affine = spec.bn == "per_domain"
+            self.norms = attach_domain_norms(backbone.net, spec.domains, affine, self.route)
+        for entry, chosen in zip(spec.adapters, sites, strict=True):
+            method = ADAPTERS.load(entry.type, "adapters.type")
+            options = parse_options(method.Options, entry.options, f"adapters ({entry.type})")
+            self.sites |= attach(backbone.net, chosen, spec.domains, method, options, self.route)
+        self.dropout = nn.Dropout(spec.dropout)
+        heads = {d: nn.Linear(backbone.feature_dim, outputs) for d, outputs in spec.domains.items()}
+        self.heads = nn.ModuleDict(heads)
+        if spec.head_init == "normal":
+            for head in heads.values():
+                nn.init.normal_(head.weight, std=0.01)
+                nn.init.zeros_(head.bias)
+        mean, std = torch.tensor(backbone.mean), torch.tensor(backbone.std)
+        self.register_buffer("mean", mean.view(1, 3, 1, 1, 1), persistent=False)
+        self.register_buffer("std", std.view(1, 3, 1, 1, 1), persistent=False)
+        self.mean: Tensor
+        self.std: Tensor
+
+    def forward(self, frames_BCTHW: Tensor, domain: str) -> Tensor:
+        """Logits [B, N] of clips of one domain: uint8 frames, or floats that are normalised already."""
+        if domain not in self.heads:
+            raise MdlError(f"the model has no domain '{domain}'", "domain", did_you_mean(domain, self.spec.domains))
+        self.route.domain = domain
+        if frames_BCTHW.dtype == torch.uint8:
+            frames_BCTHW = (frames_BCTHW.to(self.mean.dtype) / 255 - self.mean) / self.std
+        features_BPF = self.backbone(frames_BCTHW)
+        # Several positions are left only under a fixed pool: the logits are averaged over them.
+        logits_BPN = self.heads[domain](self.dropout(features_BPF))
+        return logits_BPN.mean(dim=1)
+
+    def train(self, mode: bool = True) -> MultiDomainModel:
+        """As nn.Module.train, but what the regime froze stays in eval mode."""
+        super().train(mode)
+        for module in self._eval_modules:
+            module.eval()
+        return self
+
+    def apply_regime(self, regime: str, bn: str | None = None) -> None:
+        """Set requires_grad and the BatchNorm mode of every part (spec omi_mdl 2.7).
+
+        frozen: adapters, heads and shared norms train. joint: everything. heads: heads only. adapters: adapters
+        and shared norms. full: backbone and heads. bn: the recipe's choice; None takes the regime's default,
+        `shared` where the backbone trains and `frozen` elsewhere. `shared` with a frozen backbone is the naive
+        freeze, whose statistics keep moving.
+        """
+        if regime not in REGIMES:
+            raise MdlError(f"there is no regime '{regime}'", "train.steps.regime", did_you_mean(regime, REGIMES))
+        trains_backbone = regime in ("joint", "full")
+        trains_adapters = regime in ("joint", "frozen", "adapters")
+        bn = bn or ("shared" if trains_backbone else "frozen")
+        for parameter in self.backbone.parameters():
+            parameter.requires_grad_(trains_backbone)
+        for wrapper in self.sites.values():
+            for module in (wrapper.adapters, wrapper.shared):
+                if module is not None:
+                    module.requires_grad_(trains_adapters)
+        for norm in self.norms.values():
+            norm.statistics.requires_grad_(trains_backbone or trains_adapters)
+            norm.use_shared = bn == "recalibrate"
+            if self.spec.bn == "per_domain":
+                norm.inner.requires_grad_(False)  # each domain has its own; the library's copy idles
+        self.heads.requires_grad_(regime != "adapters")
+        frozen_norms = self.backbone_norms() if bn == "frozen" else []
+        self._eval_modules = list(frozen_norms)
+        if not trains_adapters:
+            self._eval_modules += [wrapper.adapters for wrapper in self.sites.values()]
+
+    def backbone_norms(self) -> list[nn.Module]:
+        """Every BatchNorm of the backbone itself, the wrappers of per-domain ones included."""
+        own = [m for _, m in library_modules(self.backbone.net) if isinstance(m, nn.BatchNorm3d)]
+        return own + list(self.norms.values())
+
+    def tensors(self, with_backbone: bool = True) -> dict[str, Tensor]:
+        """The model's state under site names: backbone/<library key>, shared/<site>/<param>,
+        <domain>/<site>/<param>, <domain>/head/<param>; the tensors themselves, not copies.
+        """
+        named: dict[str, Tensor] = {}
+        if with_backbone:
+            named |= {f"backbone/{key}": value for key, value in library_tensors(self.backbone.net)}
+        for site, wrapper in self._wrappers():
+            for domain, module in wrapper.domain_modules().items():
+                named |= {f"{domain}/{site}/{key}": value for key, value in _state(module)}
+            if isinstance(wrapper, AdaptedSite) and wrapper.shared is not None:
+                named |= {f"shared/{site}/{key}": value for key, value in _state(wrapper.shared)}
+        for domain, head in self.heads.items():
+            named |= {f"{domain}/head/{key}": value for key, value in _state(head)}
+        return named
+
+    def load_tensors(self, state: Mapping[str, Tensor], where: object, with_backbone: bool = True) -> None:
+        """Copy stored tensors in. Raises MdlError for missing, unknown and misshapen ones."""
+        own = self.tensors(with_backbone)
+        faults = [f"missing {key}" for key in own if key not in state]
+        faults += [f"unknown {key}" for key in state if key not in own]
+        faults += [f"shape of {key}" for key in own if key in state and own[key].shape != state[key].shape]
+        if faults:
+            raise MdlError(f"the weights do not fit the model ({'; '.join(faults[:4])})", where, "train it again")
+        with torch.no_grad():
+            for key, tensor in own.items():
+                tensor.copy_(state[key])
+
+    def _wrappers(self) -> Iterator[tuple[str, Wrapper]]:
+        yield from self.sites.items()
+        yield from self.norms.items()
+
+    def parameter_counts(self) -> dict[str, Any]:
+        """Parameters by part (design, section 6): integers; total = backbone + heads + adapters, norms apart.
+
+        With `bn: per_domain` every domain owns a copy of the BatchNorms' weights; one of the copies stands for the
+        backbone's own, so D - 1 of them are counted as adapters (spec omi_mdl 6.4).
+        """
+        per_domain = {}
+        for domain in self.spec.domains:
+            owned = [w.domain_modules()[domain] for _, w in self._wrappers()]
+            per_domain[domain] = {"adapters": count(owned), "head": count([self.heads[domain]])}
+        adapters = sum(entry["adapters"] for entry in per_domain.values())
+        if self.spec.bn == "per_domain":
+            adapters -= count([norm.inner for norm in self.norms.values()])
+        heads = sum(entry["head"] for entry in per_domain.values())
+        backbone = sum(t.numel() for _, t in library_tensors(self.backbone.net) if isinstance(t, nn.Parameter))
+        shared = [wrapper.shared for wrapper in self.sites.values() if wrapper.shared is not None]
+        return {
+            "total": backbone + heads + adapters,
+            "backbone": backbone,
+            "heads": heads,
+            "adapters": adapters,
+            "norms": count(shared),
+            "streams": 0,
+            "projection": 0,
+            "training_only": 0,
+            "trainable": sum(p.numel() for p in self.parameters() if p.requires_grad),
+            "per_domain": per_domain,
+        }
+
+
+def build_backbone(spec: ModelSpec) -> Backbone:
+    """The bare backbone of a spec, with random weights."""
+    factory = BACKBONES.load(spec.backbone, "backbone.name")
+    options = parse_options(factory.Options, spec.backbone_options, f"backbone ({spec.backbone})")
+    return factory(options, spec.num_frames, spec.crop)
+
+
+def build_model(spec: ModelSpec, backbone: Backbone | None = None) -> MultiDomainModel:
+    """Assemble a model; adapters and heads are freshly initialised from torch's generator."""
+    return MultiDomainModel(backbone or build_backbone(spec), spec)
+
+
+def reuse_classifier(model: MultiDomainModel, classes: Mapping[str, list[str]], pretrained: list[str]) -> list[str]:
+    """Copy the backbone's own classifier into the head of each domain that has its classes. Returns their names."""
+    tensors = {key.rsplit(".", 1)[1]: value for key, value in model.backbone.classifier.items()}
+    reused = []
+    for domain, names in classes.items():
+        head = model.heads[domain]
+        if list(names) == list(pretrained) and tensors.get("weight", torch.empty(0)).shape == head.weight.shape:
+            head.load_state_dict(tensors)
+            reused.append(domain)
+    return reused
+
+
+def parse_options(schema: Any, values: Mapping[str, Any], where: str) -> Any:
+    """Plain values to a part's options. Raises MdlError with every fault."""
+    try:
+        return schema(**values)
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise MdlError("; ".join(faults), where, f"keys: {', '.join(schema.model_fields)}") from None
+
+
+def _sites_of(backbone: Backbone, adapters: Iterable[AdapterSpec]) -> list[list[Site]]:
+    adapters = list(adapters)
+    if not adapters:
+        return []
+    declared = tuple(backbone.site_paths())
+    chosen = [choose_sites(entry.sites, declared) for entry in adapters]
+    extra = tuple(name for names in chosen for name in names if name not in declared)
+    sites = backbone.sites(extra)
+    return [[sites[name] for name in names] for names in chosen]
+
+
+def choose_sites(sites: str | list[str], declared: tuple[str, ...]) -> list[str]:
+    """`all`, `early-x` (the first x), `late-x` (the last x), or a list of site names or module paths."""
+    if isinstance(sites, list):
+        return sites
+    if sites == "all":
+        return list(declared)
+    side, _, number = sites.partition("-")
+    if side in ("early", "late") and number.isdigit() and 1 <= int(number) <= len(declared):
+        return list(declared[: int(number)] if side == "early" else declared[-int(number) :])
+    raise MdlError(
+        f"'{sites}' is no choice of sites",
+        "adapters.sites",
+        f"all, early-x or late-x with x from 1 to {len(declared)}, or a list of {', '.join(declared)}",
+    )
+
+
+def count(modules: Iterable[nn.Module]) -> int:
+    """Parameters of modules."""
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
+def _state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()

@@ -1,0 +1,391 @@
+"""Recipes: validated intent of a training run, one YAML file without inheritance.
+
+The schema is strict: all faults are reported together, with their paths and the nearest valid key.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from mdltool.adapters import ADAPTERS
+from mdltool.backbones import BACKBONES
+from mdltool.errors import MdlError
+from mdltool.registry import Table, did_you_mean, nearest
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Grid = Annotated[str, Field(pattern=r"^[1-9]\d*x[13]$")]
+_DOMAIN_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+_RESERVED = ("backbone", "shared", "head")
+
+ALIASES = {"omi_x3dm_all": "omi_x3dm_2plus1d_all"}
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class OpenPart(BaseModel):
+    """A part whose further keys belong to the backbone or adapter that it names."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Published(Part):
+    """What the paper prints for this row. top1 in percent; parameters_m in millions, as printed.
+
+    corrected: cells that are proven wrong in print, with what they must be. notes: why.
+    """
+
+    paper: str
+    rows: list[str]
+    top1: dict[str, float] = {}
+    parameters_m: dict[str, float] = {}
+    corrected: dict[str, float] = {}
+    notes: str | None = None
+
+
+class BackbonePart(OpenPart):
+    """weights: the pretraining that the row uses (a tag), or `scratch` for random weights."""
+
+    name: str
+    weights: str = "scratch"
+
+
+class DomainPart(Part):
+    """classes: how many; needed by `describe`, otherwise read from the shards and checked against them."""
+
+    task: str = "single_label"
+    classes: Positive | None = None
+    weight: Annotated[float, Field(ge=0)] = 1.0
+
+
+class AdapterPart(OpenPart):
+    type: str
+    sites: str | list[str] = "all"
+
+
+class Heads(Part):
+    dropout: Fraction = 0.5
+    init: Literal["default", "normal"] = "default"
+    reuse_pretrained: bool = False
+
+
+class Losses(Part):
+    reduction: Literal["mean", "sum"] = "mean"
+    domain_average: bool = False
+
+
+class Optimizer(Part):
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: Annotated[float, Field(gt=0)]
+    momentum: Fraction = 0.9
+    nesterov: bool = False
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+
+
+class Schedule(Part):
+    """unit: whether milestones and warm-up count updates or batch steps (D batch steps are one update)."""
+
+    name: Literal["constant", "step", "cosine"] = "constant"
+    milestones: list[Positive] = []
+    gamma: Annotated[float, Field(gt=0)] = 0.1
+    warmup: Annotated[int, Field(ge=0)] = 0
+    final_lr: Annotated[float, Field(ge=0)] = 0.0
+    unit: Literal["update", "batch"] = "update"
+
+
+class Step(Part):
+    regime: Literal["frozen", "joint", "heads", "full", "adapters"]
+    updates: Positive
+    optimizer: Optimizer
+    schedule: Schedule = Schedule()
+
+
+class Train(Part):
+    """bn: None takes the regime's default (frozen for a frozen backbone, else shared)."""
+
+    steps: Annotated[list[Step], Field(min_length=1)]
+    bn: Literal["frozen", "shared", "per_domain_stats", "per_domain", "recalibrate"] | None = None
+    recalibrate_batches: Positive = 200
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    channels_last: bool = True
+    seed: Annotated[int, Field(ge=0)] = 0
+    domain_order: Literal["sequential", "shuffled", "random"] = "sequential"
+    rounds_per_update: Positive = 1
+    checkpoint_every: Positive = 1000
+
+
+class SamplingPart(Part):
+    clip_seconds: Annotated[float, Field(gt=0)]
+    short: Literal["stretch", "repeat_last", "loop"] = "stretch"
+    index: Literal["count", "time"] = "count"
+
+
+class Augment(Part):
+    """short_side: the jitter's bounds in pixels, inclusive. flip: probability; 0 where left and right differ."""
+
+    short_side: tuple[Positive, Positive]
+    flip: Fraction = 0.5
+
+    @field_validator("short_side")
+    @classmethod
+    def _ordered(cls, value: tuple[int, int]) -> tuple[int, int]:
+        if value[0] > value[1]:
+            raise ValueError("the lower bound is above the upper one")
+        return value
+
+
+class Data(Part):
+    """frames and crop: the clip's shape. batch: clips per domain and update, one number or one per domain."""
+
+    frames: Positive
+    crop: Positive
+    sampling: SamplingPart
+    augment: Augment
+    batch: Positive | dict[str, Positive]
+
+
+class Validation(Part):
+    """every: updates between validations; 0 validates once, at the end. views: 1x1 is one centre view."""
+
+    every: Annotated[int, Field(ge=0)] = 1000
+    views: Grid = "1x1"
+    short_side: Positive | None = None
+
+
+class Views(Part):
+    """The test protocol. grid: T temporal positions x S crops."""
+
+    grid: Grid = "10x3"
+    short_side: Positive
+    starts: Literal["spaced_exclusive", "spaced_inclusive", "random"] = "spaced_exclusive"
+    crop_axis: Literal["horizontal", "long_side"] = "long_side"
+    crop_round: Literal["floor", "ceil"] = "floor"
+    average: Literal["probs", "logits"] = "probs"
+    on_error: Literal["wrong", "skip"] = "wrong"
+
+
+class Recipe(Part):
+    """A whole training run (design, section 6, "Shape of a recipe")."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]*$")]
+    about: str
+    published: Published | None = None
+    backbone: BackbonePart
+    domains: Annotated[dict[str, DomainPart], Field(min_length=1)]
+    adapters: list[AdapterPart] = []
+    heads: Heads = Heads()
+    losses: Losses = Losses()
+    train: Train
+    data: Data
+    val: Validation = Validation()
+    views: Views
+
+    def batch_of(self, domain: str) -> int:
+        """Clips of one domain in one batch step."""
+        return self.data.batch if isinstance(self.data.batch, int) else self.data.batch[domain]
+
+
+def recipe_dirs() -> list[Path]:
+    """Where the shipped recipes are: inside an installed wheel, or beside the package in a checkout."""
+    package = Path(__file__).parent
+    return [folder for folder in (package / "_recipes", package.parent / "recipes") if folder.is_dir()][:1]
+
+
+def shipped() -> dict[str, Path]:
+    """Name -> file of every shipped recipe: <family>/<row>.yaml is <family>_<row>."""
+    found = {}
+    for folder in recipe_dirs():
+        for path in sorted(folder.glob("*/*.yaml")):
+            found[f"{path.parent.name}_{path.stem}"] = path
+    return found
+
+
+def find(name: str) -> Path:
+    """The file of a recipe: a path, a shipped name or an alias."""
+    if name.endswith((".yaml", ".yml")) or "/" in name:
+        path = Path(name)
+        if not path.is_file():
+            raise MdlError("there is no such recipe file", path, "check the path, or see: mdltool recipe list")
+        return path
+    recipes = shipped()
+    target = ALIASES.get(name, name)
+    if target not in recipes:
+        fix = (
+            did_you_mean(name, [*recipes, *ALIASES])
+            if nearest(name, [*recipes, *ALIASES])
+            else "mdltool recipe list"
+        )
+        raise MdlError(f"there is no recipe '{name}'", None, fix)
+    return recipes[target]
+
+
+def load(name: str, overrides: Iterable[str] = ()) -> Recipe:
+    """Read, override (`key=value` with dots in the key) and validate. Raises MdlError with all faults together."""
+    path = find(name)
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise MdlError(f"this is not valid YAML: {error}", path, "mend the file") from None
+    if not isinstance(content, dict):
+        raise MdlError("a recipe is a mapping of keys", path, "see: mdltool recipe show tiny_demo")
+    for override in overrides:
+        _override(content, override)
+    return validate(content, path)
+
+
+def validate(content: dict[str, Any], where: object) -> Recipe:
+    """A parsed YAML to a Recipe. Raises MdlError with all faults together."""
+    faults: list[str] = []
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(content)
+    except ValidationError as error:
+        faults = [_fault(entry) for entry in error.errors()]
+    faults += _part_faults(content)
+    if recipe is not None and not faults:
+        faults = _cross_faults(recipe)
+    if faults:
+        noun = "fault" if len(faults) == 1 else "faults"
+        listing = "".join(f"\n    {fault}" for fault in faults)
+        raise MdlError(f"the recipe has {len(faults)} {noun}:{listing}", where, "mend the keys above")
+    assert recipe is not None
+    return recipe
+
+
+def _fault(entry: Any) -> str:
+    path = ".".join(str(part) for part in entry["loc"])
+    if entry["type"] == "extra_forbidden":
+        *parents, key = entry["loc"]
+        keys = _keys_at(Recipe, parents)
+        return f"{path}: unknown key; {did_you_mean(str(key), keys)}" if keys else f"{path}: unknown key"
+    if entry["type"] == "missing":
+        return f"{path}: missing"
+    return f"{path}: {entry['msg']} (got {entry['input']!r})"
+
+
+def _keys_at(model: type[BaseModel], path: Iterable[Any]) -> list[str]:
+    """Valid keys at a path of the schema. A part that is no key of its model is a dict's key or a list's index."""
+    for part in path:
+        if part in model.model_fields:
+            model = _model_in(model.model_fields[part].annotation) or model
+    return list(model.model_fields)
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The first model inside an annotation such as dict[str, DomainPart] or Published | None."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((m for m in map(_model_in, get_args(annotation)) if m is not None), None)
+
+
+def _part_faults(content: dict[str, Any]) -> list[str]:
+    """Faults of names that tables hold and of the keys that belong to the named parts."""
+    from mdltool.tasks import TASKS  # here, since it imports torch, which listing recipes does not need
+
+    faults = []
+    backbone = content.get("backbone")
+    if isinstance(backbone, dict):
+        faults += _options_faults(BACKBONES, "name", ("weights",), backbone, "backbone")
+    adapters = content.get("adapters")
+    for i, entry in enumerate(adapters if isinstance(adapters, list) else []):
+        if isinstance(entry, dict):
+            faults += _options_faults(ADAPTERS, "type", ("sites",), entry, f"adapters.{i}")
+    domains = content.get("domains")
+    for name, domain in (domains if isinstance(domains, dict) else {}).items():
+        if not _DOMAIN_NAME.fullmatch(str(name)) or name in _RESERVED:
+            faults.append(
+                f"domains.{name}: a domain's name is lower case letters, digits, _ and -; not {_RESERVED}"
+            )
+        task = domain.get("task", "single_label") if isinstance(domain, dict) else None
+        if isinstance(task, str) and task not in TASKS:
+            faults.append(f"domains.{name}.task: there is no task '{task}'; {did_you_mean(task, TASKS)}")
+    return faults
+
+
+def _options_faults(table: Table, key: str, own: tuple[str, ...], part: dict[str, Any], path: str) -> list[str]:
+    name = part.get(key)
+    if not isinstance(name, str):
+        return []
+    if name not in table:
+        return [f"{path}.{key}: there is no {table.noun} '{name}'; {did_you_mean(name, table)}"]
+    schema = table.load(name).Options
+    try:
+        schema(**{k: v for k, v in part.items() if k != key and k not in own})
+    except ValidationError as error:
+        keys = [key, *own, *schema.model_fields]
+        return [_option_fault(entry, path, keys) for entry in error.errors()]
+    return []
+
+
+def _option_fault(entry: Any, path: str, keys: list[str]) -> str:
+    where = ".".join([path, *map(str, entry["loc"])])
+    if entry["type"] == "extra_forbidden":
+        return f"{where}: unknown key; {did_you_mean(str(entry['loc'][-1]), keys)}"
+    return f"{where}: {entry['msg']} (got {entry['input']!r})"
+
+
+def _cross_faults(recipe: Recipe) -> list[str]:
+    """Faults between keys that are each valid alone."""
+    faults = []
+    if isinstance(recipe.data.batch, dict):
+        missing = [d for d in recipe.domains if d not in recipe.data.batch]
+        unknown = [d for d in recipe.data.batch if d not in recipe.domains]
+        faults += [f"data.batch.{d}: missing; each domain needs its batch" for d in missing]
+        faults += [f"data.batch.{d}: no such domain; {did_you_mean(d, recipe.domains)}" for d in unknown]
+    if recipe.data.augment.short_side[0] < recipe.data.crop:
+        faults.append(f"data.augment.short_side: its lower bound is below data.crop ({recipe.data.crop})")
+    for key, side in (("views", recipe.views.short_side), ("val", recipe.val.short_side)):
+        if side is not None and side < recipe.data.crop:
+            faults.append(f"{key}.short_side: {side} is below data.crop ({recipe.data.crop})")
+    trains = {step.regime for step in recipe.train.steps}
+    if trains == {"adapters"} and not recipe.adapters:
+        faults.append("train.steps: regime 'adapters' without adapters trains nothing")
+    return faults
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    """Apply one `a.b.0.c=value`; the value is read as YAML."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise MdlError(f"'{override}' is no override", "--set", "write --set key=value, e.g. --set train.seed=1")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise MdlError(f"the value is not valid YAML: {error}", f"--set {override}", "quote it") from None
+    *parents, last = key.split(".")
+    node: Any = content
+    for part in parents:
+        child = _step_into(node, part, override)
+        if child is None:
+            node[part] = child = {}
+        node = child
+    if isinstance(node, list):
+        _step_into(node, last, override)
+        node[int(last)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise MdlError(f"'{last}' lies below a plain value", f"--set {override}", "check the key")
+
+
+def _step_into(node: Any, part: str, override: str) -> Any:
+    if isinstance(node, list):
+        if not part.isdigit() or int(part) >= len(node):
+            raise MdlError(f"'{part}' is no index of a list of {len(node)}", f"--set {override}", "count from 0")
+        return node[int(part)]
+    if isinstance(node, dict):
+        return node.get(part)
+    raise MdlError(f"'{part}' lies below a plain value", f"--set {override}", "check the key")

@@ -1,0 +1,72 @@
+"""Optimisers and learning-rate schedules, from plain values."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """weight_decay applies to every parameter, norms and biases included, as in Omi et al.'s runs (spec 3.4)."""
+
+    name: str
+    lr: float
+    momentum: float = 0.9
+    nesterov: bool = False
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class ScheduleSpec:
+    """milestones and warmup count `unit`s: updates, or batch steps (one domain's forward and backward)."""
+
+    name: str = "constant"
+    milestones: tuple[int, ...] = ()
+    gamma: float = 0.1
+    warmup: int = 0
+    final_lr: float = 0.0
+    unit: str = "update"
+
+
+def make_optimizer(spec: OptimizerSpec, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """SGD or AdamW over one group of parameters."""
+    parameters = list(parameters)
+    if spec.name == "adamw":
+        return torch.optim.AdamW(parameters, lr=spec.lr, betas=spec.betas, weight_decay=spec.weight_decay)
+    return torch.optim.SGD(
+        parameters,
+        lr=spec.lr,
+        momentum=spec.momentum,
+        nesterov=spec.nesterov,
+        weight_decay=spec.weight_decay,
+    )
+
+
+def learning_rate(spec: ScheduleSpec, base: float, updates: int, batches_per_update: int) -> Callable[[int], float]:
+    """update (from 0, within its step of the recipe) -> learning rate.
+
+    step: base * gamma^(milestones passed). cosine: from base to final_lr over the step. Both after a linear warm-up
+    from base / warmup.
+    """
+    scale = batches_per_update if spec.unit == "batch" else 1
+    total = updates * scale
+
+    def rate(update: int) -> float:
+        position = update * scale
+        if position < spec.warmup:
+            return base * (position + 1) / spec.warmup
+        if spec.name == "step":
+            return base * spec.gamma ** bisect.bisect_right(sorted(spec.milestones), position)
+        if spec.name == "cosine":
+            progress = (position - spec.warmup) / max(1, total - spec.warmup)
+            return spec.final_lr + (base - spec.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return base
+
+    return rate
