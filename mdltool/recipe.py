@@ -389,3 +389,13 @@ def _step_into(node: Any, part: str, override: str) -> Any:
     if isinstance(node, dict):
         return node.get(part)
     raise MdlError(f"'{part}' lies below a plain value", f"--set {override}", "check the key")
+
+
+def rename_domain(recipe: Recipe, domain: str) -> Recipe:
+    """The recipe with its only domain called `domain`; its number of classes is left to the data."""
+    if len(recipe.domains) != 1:
+        raise MdlError("this recipe has several domains", recipe.name, "pretraining takes a recipe with one")
+    content = recipe.model_dump(mode="json", exclude_unset=True)
+    (part,) = content["domains"].values()
+    content["domains"] = {domain: {**part, "classes": None}}
+    return validate(content, recipe.name)

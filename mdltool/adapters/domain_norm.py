@@ -34,8 +34,7 @@ class DomainStatistics(nn.Module):
 class DomainBatchNorm(Wrapper):
     """A backbone's BatchNorm3d that normalises each domain with that domain's statistics.
 
-    affine: weight and bias are per domain too (`per_domain`); else shared (`per_domain_stats`). use_shared: behave
-    as the library's layer, statistics included, while a `recalibrate` run trains. recalibrating: average batches with
+    affine: weight and bias are per domain too (`per_domain`); else shared (`per_domain_stats`). use_shared: be as the library's layer, statistics included, while a `recalibrate` run trains. recalibrating: average batches with
     equal weights instead of a decaying one.
     """
 

@@ -10,12 +10,16 @@ from mdltool.cli import options
 
 
 def register(app: typer.Typer) -> None:
-    app.command("describe", epilog="Example: mdltool describe omi_x3dm_all --set domains.hmdb51.classes=20")(describe)
+    app.command("describe", epilog="Example: mdltool describe omi_x3dm_all --set domains.hmdb51.classes=20")(
+        describe
+    )
 
 
 def describe(
     recipe: Annotated[str, typer.Argument(help="A recipe's name or YAML file.", metavar="RECIPE")],
-    views: Annotated[str | None, typer.Option("--views", help="TxS for the cost of a video.", metavar="TxS")] = None,
+    views: Annotated[
+        str | None, typer.Option("--views", help="TxS for the cost of a video.", metavar="TxS")
+    ] = None,
     overrides: options.Set = None,
     as_json: options.Json = False,
 ) -> None:
@@ -45,17 +49,19 @@ def _print(about: str, found: dict[str, Any]) -> None:
     }
     rows = [(part, f"{counts[part]:,}", f"{counts[part] / 1e6:.2f}", notes.get(part, "")) for part in parts]
     console.table("Parameters", ("part", "parameters", "M", ""), rows, to_stdout=True)
-    rows = [(d, f"{e['adapters']:,}", f"{e['head']:,}") for d, e in found["per_domain"].items()]
-    console.table("Per domain", ("domain", "adapters", "head"), rows, to_stdout=True)
+    domains = [(d, f"{e['adapters']:,}", f"{e['head']:,}") for d, e in found["per_domain"].items()]
+    console.table("Per domain", ("domain", "adapters", "head"), domains, to_stdout=True)
     if found["sites"]:
-        rows = [(s["name"], s["path"], s["channels"], "x".join(map(str, s["grid"]))) for s in found["sites"]]
-        console.table("Sites", ("site", "module", "channels", "T x H x W"), rows, to_stdout=True)
+        sites = [(s["name"], s["path"], s["channels"], "x".join(map(str, s["grid"]))) for s in found["sites"]]
+        console.table("Sites", ("site", "module", "channels", "T x H x W"), sites, to_stdout=True)
     flops = found["gflops"]
     console.result(f"GFLOPs: {flops['view']:.2f} a view, {flops['video']:.1f} a video ({flops['views']} views)")
     console.result(f"        ({flops['counting']})")
     if len(found["per_domain"]) > 1:
         separate = found["separate_models"]
-        console.result(f"Separate models, one per domain, would have {separate:,} parameters ({separate / 1e6:.2f} M)")
+        console.result(
+            f"Separate models, one per domain, would have {separate:,} parameters ({separate / 1e6:.2f} M)"
+        )
     if found["published"]:
         _print_published(found["published"])
 

@@ -64,3 +64,53 @@ def resolve(given: Path | None, kind: str, work: Path) -> Artifact:
         )
     console.say(f"using the latest {kind}: {found.path}")
     return found
+
+
+def shards_for(data: list[str] | None, work: Path, domains: list[str], splits: tuple[str, ...]) -> list[Artifact]:
+    """Shards of --data D=PATH, and of the work directory (<work>/shards/<domain>-<split>) for domains not named.
+
+    Raises MdlError for a malformed --data or one whose shards are of another domain.
+    """
+    from mdltool.artifact import open_artifact
+    from mdltool.registry import did_you_mean
+
+    found, named = [], set()
+    for entry in data or ():
+        domain, equals, path = entry.partition("=")
+        if not equals or not domain or not path:
+            raise MdlError(
+                f"'{entry}' is no DOMAIN=PATH", "--data", "e.g. --data ucf101=artifacts/shards/ucf101-train"
+            )
+        if domain not in domains:
+            raise MdlError(f"there is no domain '{domain}' here", f"--data {entry}", did_you_mean(domain, domains))
+        artifact = open_artifact(Path(path), "shards")
+        inside = artifact.summary.get("domain")
+        if inside != domain:
+            raise MdlError(f"these shards are of domain '{inside}'", f"--data {entry}", f"--data {inside}={path}")
+        found.append(artifact)
+        named.add((domain, artifact.summary.get("split")))
+    for domain in domains:
+        for split in splits:
+            default = work / "shards" / f"{domain}-{split}"
+            if (domain, split) not in named and not _held_out(named, domain, split) and default.is_dir():
+                console.say(f"using {default}")
+                found.append(open_artifact(default, "shards"))
+    return found
+
+
+def _held_out(named: set[tuple[str, str]], domain: str, split: str) -> bool:
+    """Whether --data already gave this domain's held-out split under another name (val, test)."""
+    return split != "train" and any(d == domain and s != "train" for d, s in named)
+
+
+def default_workers() -> int:
+    """Loader processes: one core is left to the model."""
+    return max(1, min(8, (os.cpu_count() or 2) - 1))
+
+
+def piped_shards() -> list[str]:
+    """DOMAIN=PATH of every shards artifact that the pipe names; empty where stdin is no pipe."""
+    from mdltool.artifact import open_artifact
+
+    artifacts = [open_artifact(path, "shards") for path in piped_paths() or []]
+    return [f"{artifact.summary.get('domain')}={artifact.path}" for artifact in artifacts]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import sys
 from typing import Annotated
@@ -10,10 +11,23 @@ from typing import Annotated
 import typer
 
 from mdltool import __version__
-from mdltool.errors import MdlError
+from mdltool.errors import MdlError, Stopped
 
 # The order of the help. Each module offers `register(app)`; none imports anything heavy at its top.
-COMMANDS: tuple[str, ...] = ()
+COMMANDS = (
+    "demo",
+    "doctor",
+    "synth",
+    "shard",
+    "backbone",
+    "recipe",
+    "describe",
+    "train",
+    "evaluate",
+    "predict",
+    "report",
+    "inspect",
+)
 
 app = typer.Typer(
     name="mdltool",
@@ -44,6 +58,8 @@ def _root(
 
 
 for _name in COMMANDS:
+    if importlib.util.find_spec(f"mdltool.cli.{_name}") is None:
+        continue
     importlib.import_module(f"mdltool.cli.{_name}").register(app)
 
 
@@ -57,6 +73,9 @@ def main() -> None:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(75)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -24,3 +24,4 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override one key of the recipe; repeat it.", metavar="KEY=VALUE"),
 ]
+Workers = Annotated[int | None, typer.Option("--workers", min=0, help="Processes that read and decode.")]

@@ -15,7 +15,10 @@ Name = Annotated[str, typer.Argument(help="A recipe's name or YAML file.", metav
 
 def register(app: typer.Typer) -> None:
     group = typer.Typer(
-        no_args_is_help=True, rich_markup_mode=None, help="The recipes that ship, and your own.", add_completion=False
+        no_args_is_help=True,
+        rich_markup_mode=None,
+        help="The recipes that ship, and your own.",
+        add_completion=False,
     )
     group.command("list", epilog="Example: mdltool recipe list --family omi")(list_recipes)
     group.command("show", epilog="Example: mdltool recipe show omi_x3dm_all")(show)

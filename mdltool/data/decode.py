@@ -6,6 +6,7 @@ first chosen one to the last chosen one are decoded, and only the chosen ones be
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -86,21 +87,19 @@ def decode(
     """Decode the frames that `choose` picks from the clip's timeline, opening and decoding the video once.
 
     choose: gets the clip's timeline and returns frame numbers, in any order, repeats allowed. trim: [start, stop)
-    in seconds from the video's first frame; the clip's time 0 is its first frame. backend: auto, pyav, torchcodec.
+    in seconds from the video's first frame; the clip's time 0 is its first frame. backend: "pyav"; "torchcodec"
+    (8-bit, even-sized H.264, HEVC, VP9 and AV1 by torchcodec, the rest by PyAV, at the price of opening those
+    twice); "auto": what $MDLTOOL_DECODER says, else pyav.
+
     A damaged video, whose chosen frames do not decode, is decoded again for the times of those that do, and
     `choose` is asked again. Raises VideoError, and MdlError for a backend that is not there.
     """
     stats = stats if stats is not None else DecodeStats()
-    if backend in ("auto", "torchcodec"):
-        reader = _torchcodec_reader(source, threads, stats, backend == "torchcodec")
-        if reader is not None:
-            try:
-                return _read(reader, choose, trim)
-            except FramesMissing:
-                if backend == "torchcodec":
-                    raise VideoError("torchcodec does not decode the frames that the container lists") from None
-    elif backend != "pyav":
-        raise MdlError(f"unknown decoder '{backend}'", None, "one of: auto, pyav, torchcodec")
+    if _resolved(backend) == "torchcodec":
+        try:
+            return _read(decode_torchcodec.TorchcodecReader(source, threads, stats), choose, trim)
+        except (VideoError, FramesMissing):
+            pass  # PyAV takes it, or says what is wrong with it
     with closing(PyavReader(source, threads, stats)) as pyav:
         try:
             return _read(pyav, choose, trim)
@@ -130,20 +129,17 @@ def check_video(source: Path | bytes, *, full: bool, trim: tuple[float, float] |
         return VideoInfo(width, height, len(timeline), timeline.duration_s, reader.codec, fps)
 
 
-def _torchcodec_reader(
-    source: Path | bytes, threads: int, stats: DecodeStats, demanded: bool
-) -> FrameReader | None:
-    fault = decode_torchcodec.fault()
-    if demanded and fault is not None:
-        raise MdlError("torchcodec cannot be used here", fault, "use the decoder 'pyav', or 'auto'")
-    if fault is not None or not (demanded or decode_torchcodec.may_take(source)):
-        return None
-    try:
-        return decode_torchcodec.TorchcodecReader(source, threads, stats, strict=not demanded)
-    except VideoError:
-        if demanded:
-            raise
-        return None  # PyAV takes it, or says what is wrong with it
+def _resolved(backend: str) -> str:
+    if backend == "auto":
+        backend = os.environ.get("MDLTOOL_DECODER", "auto")
+    if backend == "auto":
+        return "pyav"
+    if backend not in available_backends():
+        raise MdlError(f"unknown decoder '{backend}'", "MDLTOOL_DECODER", "one of: auto, pyav, torchcodec")
+    fault = available_backends()[backend]
+    if fault is not None:
+        raise MdlError(f"{backend} cannot be used here: {fault}", "MDLTOOL_DECODER", "use pyav")
+    return backend
 
 
 def _read(reader: FrameReader, choose: Choose, trim: tuple[float, float] | None) -> Decoded:

@@ -52,6 +52,7 @@ class PyavReader:
             self._context.thread_type = "AUTO" if threads != 1 else "SLICE"
             self._time_base = self._stream.time_base or Fraction(1)
             self._packets: list[av.Packet] | None = []
+            self._untimed_step = self._untimed_frames = 0
             self._pts, self._keys, self.step_s = self._scan()
         except BaseException:
             self.close()
@@ -99,28 +100,37 @@ class PyavReader:
 
     def _scan(self) -> tuple[np.ndarray, np.ndarray, float]:
         """Times of the frames, (pts, packet number) of the keyframes in packet order, and a frame's duration."""
-        pts, keys, kept, step = [], [], 0, 0
+        pts, keys, kept, step, pictures = [], [], 0, 0, 0
         for number, packet in enumerate(self._demux()):
             kept += packet.size
             if self._packets is not None:
                 self._packets.append(packet)
             if kept > _KEEP_PACKETS_BYTES:
                 self._packets = None
+            if packet.size <= 1:  # DivX's placeholder for the delay of its B-frames
+                continue
+            pictures += 1
             shown = packet.pts if packet.pts is not None else packet.dts
-            # A packet of one byte is DivX's placeholder for the delay of its B-frames.
-            if shown is None or packet.size <= 1:
+            if shown is None:
                 continue
             if packet.is_keyframe:
                 keys.append((shown, number))
             if not packet.is_discard:
                 pts.append(shown)
                 step = packet.duration or step
-        if not pts:
-            raise VideoError("the video stream holds no frames")
         if not step and self._stream.average_rate:
             step = round(1 / self._stream.average_rate / self._time_base)
+        if pictures and not pts:  # a bare stream of pictures without times: a constant rate
+            self._untimed_step = step = max(step, 1)
+            pts = [step * k for k in range(pictures)]
+        if not pts:
+            raise VideoError("the video stream holds no frames")
         # Packets that share a time hold one shown frame (VP9's hidden reference frames).
-        return np.unique(np.array(pts, np.int64)), np.array(keys, np.int64).reshape(-1, 2), float(step * self._time_base)
+        return (
+            np.unique(np.array(pts, np.int64)),
+            np.array(keys, np.int64).reshape(-1, 2),
+            float(step * self._time_base),
+        )
 
     def _demux(self) -> Iterator[av.Packet]:
         packets = self._container.demux(self._stream)
@@ -143,7 +153,8 @@ class PyavReader:
         """Frames in the decoder's order from packet `start` on; with `wanted`, others may be left out."""
         context = self._context
         context.flush_buffers()
-        choosy = wanted is not None and context.codec.canonical_name in _SKIPS_UNREFERENCED
+        self._untimed_frames = 0
+        choosy = wanted is not None and self.codec in _SKIPS_UNREFERENCED and not self._untimed_step
         context.skip_frame = "DEFAULT"
         for packet in self._packets_from(start):
             if choosy:
@@ -166,6 +177,10 @@ class PyavReader:
         except av.FFmpegError:  # a damaged packet costs its own frames only
             return []
         self._stats.decoded += len(frames)
+        if self._untimed_step:
+            for frame in frames:
+                frame.pts = self._untimed_frames * self._untimed_step
+                self._untimed_frames += 1
         return frames
 
 

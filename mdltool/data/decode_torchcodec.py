@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import mmap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,6 @@ from mdltool.data.video import DecodeStats, FramesMissing, VideoError
 
 _CODECS = {"h264", "hevc", "vp9", "av1"}
 _8_BIT = {f"yuv{j}{sampling}p" for j in ("", "j") for sampling in ("420", "422", "444")}
-# How MP4 and Matroska headers name these codecs.
-_TAGS = (b"avc1", b"avc3", b"hvc1", b"hev1", b"vp09", b"av01", b"V_MPEG4/ISO/AVC", b"V_MPEGH", b"V_VP9", b"V_AV1")
 
 
 @functools.cache
@@ -36,33 +33,16 @@ def fault() -> str | None:
     return None
 
 
-def may_take(source: Path | bytes) -> bool:
-    """Whether the first bytes and the codec names inside make it worth a look; a wrong yes costs one opening."""
-    if isinstance(source, bytes):
-        return _names_a_codec(source)
-    try:
-        with open(source, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return _names_a_codec(content)
-    except (OSError, ValueError):  # ValueError: an empty file cannot be mapped
-        return False
-
-
-def _names_a_codec(content: bytes | mmap.mmap) -> bool:
-    if content[4:8] != b"ftyp" and content[:4] != b"\x1a\x45\xdf\xa3":
-        return False
-    return any(content.find(tag) >= 0 for tag in _TAGS)
-
-
 class TorchcodecReader:
     """One video opened by torchcodec: scanned without decoding, then decoded from a keyframe on.
 
-    times_s: float64 [N] presentation times. Raises VideoError when torchcodec cannot open it or, with `strict`,
-    when it is outside the formats that both decoders give bit-equal frames for.
+    times_s: float64 [N] presentation times. Raises VideoError when torchcodec cannot open it, or when it is outside
+    the formats in which both decoders give bit-equal frames.
     """
 
     backend = "torchcodec"
 
-    def __init__(self, source: Path | bytes, threads: int, stats: DecodeStats, strict: bool = True) -> None:
+    def __init__(self, source: Path | bytes, threads: int, stats: DecodeStats) -> None:
         from torchcodec.decoders import Demuxer
 
         self._stats = stats
@@ -70,7 +50,7 @@ class TorchcodecReader:
         try:
             self._demuxer = Demuxer(source if isinstance(source, bytes) else f"file:{source}")
             self._stream = self._demuxer.streams[0]
-            if strict and not _in_group(self._stream.metadata):
+            if not _in_group(self._stream.metadata):
                 raise VideoError("outside the formats that torchcodec is tested on")
             self._index = self._stream.scan()
             self._decoder = self._stream.make_decoder(device="cpu", num_ffmpeg_threads=threads)

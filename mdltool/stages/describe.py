@@ -45,7 +45,13 @@ def run(recipe: Recipe, views: str | None = None) -> dict[str, Any]:
         },
         "separate_models": sum(counts["backbone"] + entry["head"] for entry in per_domain.values()),
         "sites": [
-            {"name": name, "path": w.site.path, "kind": w.site.kind, "channels": w.site.channels, "grid": w.site.grid}
+            {
+                "name": name,
+                "path": w.site.path,
+                "kind": w.site.kind,
+                "channels": w.site.channels,
+                "grid": w.site.grid,
+            }
             for name, w in model.sites.items()
         ],
         "published": published(recipe, counts),

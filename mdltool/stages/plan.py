@@ -50,7 +50,7 @@ def train_transform(recipe: Recipe) -> TrainTransform:
     return TrainTransform(recipe.data.augment.short_side, recipe.data.crop, recipe.data.augment.flip)
 
 
-def test_views(recipe: Recipe, grid: str | None = None) -> ViewSpec:
+def eval_views(recipe: Recipe, grid: str | None = None) -> ViewSpec:
     """The views of the test protocol; grid (`TxS`) overrides the recipe's."""
     part = recipe.views
     temporal, spatial = parse_views(grid or part.grid)

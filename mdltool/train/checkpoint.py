@@ -73,7 +73,9 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | 
     return None
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], header: Mapping[str, Any]
+) -> None:
     """Load the optimizer's part of a checkpoint, in the memory format of its parameters.
 
     The format matters: the same numbers in another layout can take another code path and differ in the last bit.

@@ -1,6 +1,6 @@
 """Processes: who I am, and one reduction of gradients that is right for domain-specific parameters.
 
-Gradients are summed over ranks in one flat buffer over all trainable parameters in a fixed order, so that every rank
+Gradients are summed over ranks in one flat buffer over all trainable parameters in a fixed order, so every rank
 issues the same collective whatever domains it has seen (spec omi_mdl 6.1). Losses are scaled by the global batch
 before, hence a sum and no mean.
 """

@@ -49,7 +49,9 @@ def make_accelerator(precision: str, tracking: Path) -> Accelerator:
     AcceleratorState._reset_state(reset_partial_state=False)
     have = importlib.util.find_spec("tensorboard") is not None
     if not have:
-        console.say("TensorBoard is not installed, so metrics.jsonl is the only log (pip install mdltool[tensorboard])")
+        console.say(
+            "TensorBoard is not installed, so metrics.jsonl is the only log (pip install mdltool[tensorboard])"
+        )
     accelerator = Accelerator(
         mixed_precision="no" if precision == "fp32" else precision,
         log_with="tensorboard" if have else None,

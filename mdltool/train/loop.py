@@ -1,7 +1,7 @@
 """The only training loop (design, section 8; spec omi_mdl 5.2 and 6.1).
 
 An update is D batch steps, one per domain, and then one optimizer step. The position is the number of updates done:
-it decides the data, the augmentation, dropout and the learning rate, so a checkpoint plus that number is everything.
+it decides the data, the augmentation, dropout and the learning rate; a checkpoint plus that number is everything.
 """
 
 from __future__ import annotations

@@ -1,0 +1,141 @@
+"""mdltool backbone list|show|import|pretrain."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mdltool.cli import options
+from mdltool.cli.train import Resume
+from mdltool.errors import MdlError
+
+
+def register(app: typer.Typer) -> None:
+    group = typer.Typer(
+        no_args_is_help=True, rich_markup_mode=None, help="Weights -> backbone artifacts.", add_completion=False
+    )
+    group.command("list", epilog="Example: mdltool backbone list")(list_backbones)
+    group.command("show", epilog="Example: mdltool backbone show x3d_m")(show)
+    group.command("import", epilog="Example: mdltool backbone import x3d_m --file X3D_M.pyth")(import_backbone)
+    group.command(
+        "pretrain", epilog="Example: mdltool backbone pretrain --data chalk=artifacts/shards/chalk-train"
+    )(pretrain)
+    app.add_typer(group, name="backbone")
+
+
+def list_backbones(as_json: options.Json = False) -> None:
+    """Every backbone with its parameters, input and sites."""
+    from mdltool import console
+    from mdltool.backbones import BACKBONES
+
+    found = [_describe(name) for name in BACKBONES]
+    if as_json:
+        console.result_json({"backbones": found})
+        return
+    rows = [
+        (b["name"], b["about"], f"{b['parameters']:,}", f"{b['frames']}x{b['crop']}x{b['crop']}", len(b["sites"]))
+        for b in found
+    ]
+    console.table("Backbones", ("name", "about", "parameters", "input", "sites"), rows, to_stdout=True)
+
+
+def show(
+    name: Annotated[str, typer.Argument(help="A backbone's name.", metavar="NAME")], as_json: options.Json = False
+) -> None:
+    """One backbone: parameters, input, sites and where its weights come from."""
+    from mdltool import console
+
+    found = _describe(name)
+    if as_json:
+        console.result_json(found)
+        return
+    console.result(f"{name}: {found['about']}, {found['parameters']:,} parameters without its classifier")
+    console.result(f"input: {found['frames']} frames of {found['crop']} x {found['crop']}")
+    rows = [(s["name"], s["path"], s["kind"], s["channels"], "x".join(map(str, s["grid"]))) for s in found["sites"]]
+    console.table("Sites", ("site", "module", "kind", "channels", "T x H x W"), rows, to_stdout=True)
+    for tag, source in found["weights"].items():
+        console.result(f"weights '{tag}': {source}; then: mdltool backbone import {name} --file FILE --tag {tag}")
+
+
+def _describe(name: str) -> dict[str, Any]:
+    import torch
+
+    from mdltool.backbones import BACKBONES
+
+    factory = BACKBONES.load(name)
+    with torch.device("meta"):
+        backbone = factory(factory.Options(), factory.default_frames, factory.default_crop)
+    return {
+        "name": name,
+        "about": factory.about,
+        "parameters": sum(p.numel() for p in backbone.parameters()),
+        "frames": factory.default_frames,
+        "crop": factory.default_crop,
+        "sites": [vars(site) for site in backbone.sites().values()],
+        "weights": factory.weight_sources,
+    }
+
+
+def import_backbone(
+    name: Annotated[str, typer.Argument(help="The backbone that the file was made for.", metavar="NAME")],
+    file: Annotated[Path, typer.Option("--file", help="A checkpoint: .pyth, .pth or .safetensors.")],
+    tag: Annotated[str, typer.Option("--tag", help="What the weights were trained on.")] = "kinetics400",
+    classes: Annotated[
+        Path | None, typer.Option("--classes", help="The classifier's class names, one a line, to reuse its head.")
+    ] = None,
+    work: options.Work = None,
+    out: options.Out = None,
+    as_json: options.Json = False,
+) -> None:
+    """Read an official checkpoint into a backbone artifact. Nothing in the file is executed."""
+    from mdltool import console
+    from mdltool.artifact import work_dir
+    from mdltool.stages import backbone as stage
+
+    names = None
+    if classes is not None:
+        if not classes.is_file():
+            raise MdlError("there is no such file", classes, "give a text file with one class a line")
+        names = classes.read_text().split("\n")
+        names = [line.strip() for line in names if line.strip()]
+    target = out or work_dir(work) / "backbone" / f"{name}-{tag}"
+    console.emit(stage.import_file(name, file, target, tag=tag, classes=names), as_json)
+
+
+def pretrain(
+    recipe: Annotated[
+        str, typer.Option("--recipe", help="A recipe with one domain and no adapters.")
+    ] = "tiny_pretrain",
+    data: options.Data = None,
+    overrides: options.Set = None,
+    resume: Resume = False,
+    workers: options.Workers = None,
+    work: options.Work = None,
+    out: options.Out = None,
+    as_json: options.Json = False,
+) -> None:
+    """Train a classifier on one domain's shards and keep its backbone.
+
+    The recipe's one domain stands for whichever domain the shards are of.
+    """
+    from mdltool import console
+    from mdltool.artifact import work_dir
+    from mdltool.cli.inputs import default_workers, piped_shards, shards_for
+    from mdltool.recipe import load, rename_domain
+
+    loaded = load(recipe, overrides or ())
+    place = work_dir(work)
+    entries = list(data or ()) or piped_shards()
+    if not entries:
+        raise MdlError("no shards to pretrain on", "--data", "--data DOMAIN=artifacts/shards/DOMAIN-train")
+    domain = entries[0].partition("=")[0]
+    loaded = rename_domain(loaded, domain)
+    shards = shards_for(entries, place, [domain], ("val",))
+
+    from mdltool.stages import backbone as stage
+
+    target = out or place / "backbone" / f"{loaded.backbone.name}-{domain}"
+    count = default_workers() if workers is None else workers
+    console.emit(stage.pretrain(loaded, shards, target, resume=resume, workers=count), as_json)

@@ -1,0 +1,86 @@
+"""mdltool eval."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mdltool.cli import options
+
+
+def register(app: typer.Typer) -> None:
+    app.command("eval", epilog="Example: mdltool train --recipe tiny_demo | mdltool eval --views 10x3")(evaluate)
+
+
+def evaluate(
+    model: Annotated[Path | None, typer.Argument(help="Model artifact (default: piped, else the latest).")] = None,
+    views: Annotated[
+        str | None, typer.Option("--views", help="T positions x S crops (default: the recipe's).")
+    ] = None,
+    data: options.Data = None,
+    split: Annotated[str, typer.Option("--split", help="Which of the work directory's shards to score.")] = "val",
+    weights: Annotated[str, typer.Option("--weights", help="last or best.")] = "last",
+    precision: Annotated[str | None, typer.Option("--precision", help="fp32, bf16 or fp16.")] = None,
+    workers: options.Workers = None,
+    work: options.Work = None,
+    out: options.Out = None,
+    as_json: options.Json = False,
+) -> None:
+    """Score a model on its domains' shards: metrics, per-clip scores, per-class table, confusion.
+
+    Run it under torchrun to share the clips among processes.
+    """
+    import os
+
+    from mdltool import console
+    from mdltool.artifact import work_dir
+    from mdltool.cli.inputs import default_workers, resolve, shards_for
+    from mdltool.errors import MdlError
+
+    for value, known, option in ((weights, ("last", "best"), "--weights"), (precision, _PRECISIONS, "--precision")):
+        if value is not None and value not in known:
+            raise MdlError(f"'{value}' is not known", option, f"one of: {', '.join(known)}")
+    place = work_dir(work)
+    chosen = resolve(model, "model", place)
+    shards = shards_for(data, place, list(chosen.summary["domains"]), () if data else (split,))
+
+    from mdltool.stages import evaluate as stage
+
+    suffix = "" if weights == "last" else f"-{weights}"
+    name = f"{chosen.name}-{views or 'views'}-{split}{suffix}"
+    count = default_workers() if workers is None else workers
+    artifact = stage.run(
+        chosen,
+        shards,
+        out or place / "eval" / name,
+        views=views,
+        weights=weights,
+        precision=precision,
+        work=place,
+        workers=count,
+    )
+    if int(os.environ.get("RANK", "0")) == 0:
+        _table(artifact.load_json("metrics.json"))
+        console.emit(artifact, as_json)
+
+
+_PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+def _table(metrics: dict[str, Any]) -> None:
+    from mdltool import console
+
+    rows = []
+    for domain, entry in metrics["domains"].items():
+        clips = entry["clips"]
+        values = [f"{100 * value:.2f}" for value in entry["metrics"].values()]
+        rows.append((domain, *values, clips["evaluated"], clips["listed"], len(clips["missing"])))
+    names = list(next(iter(metrics["domains"].values()))["metrics"])
+    if len(rows) > 1:
+        rows.append(
+            ("mean", *(f"{100 * metrics['mean'][n]:.2f}" for n in names if n in metrics["mean"]), "", "", "")
+        )
+    columns = ("domain", *(f"{n} %" for n in names), "clips", "listed", "missing")
+    console.table(f"{metrics['views']} views", columns, rows)

@@ -1,0 +1,52 @@
+"""mdltool predict."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mdltool.cli import options
+from mdltool.errors import MdlError
+
+
+def register(app: typer.Typer) -> None:
+    app.command("predict", epilog="Example: mdltool predict artifacts/model/tiny_demo walk.mp4 --domain chalk")(
+        predict
+    )
+
+
+def predict(
+    paths: Annotated[
+        list[Path], typer.Argument(help="A model artifact (default: piped, else the latest), then video files.")
+    ],
+    domain: Annotated[str | None, typer.Option("--domain", help="Which domain's adapters and labels.")] = None,
+    topk: Annotated[int, typer.Option("--topk", min=1, help="How many labels a video.")] = 5,
+    views: Annotated[str | None, typer.Option("--views", help="TxS (default: the recipe's).")] = None,
+    weights: Annotated[str, typer.Option("--weights", help="last or best.")] = "last",
+    work: options.Work = None,
+    as_json: options.Json = False,
+) -> None:
+    """Labels for video files: one line a label, `video<TAB>label<TAB>score`; with --json one object a video."""
+    import json
+
+    from mdltool import console
+    from mdltool.artifact import work_dir
+    from mdltool.cli.inputs import resolve
+
+    place = work_dir(work)
+    given = paths[0] if paths[0].is_dir() or paths[0].name.endswith(".partial") else None
+    videos = paths[1:] if given else paths
+    if not videos:
+        raise MdlError("no video was given", "VIDEO", "mdltool predict [MODEL] VIDEO... --domain D")
+    chosen = resolve(given, "model", place)
+
+    from mdltool.stages import predict as stage
+
+    for found in stage.run(chosen, videos, domain, topk=topk, views=views, weights=weights, work=place):
+        if as_json:
+            console.result(json.dumps(found, ensure_ascii=False))
+        else:
+            for entry in found["top"]:
+                console.result(f"{found['video']}\t{entry['label']}\t{entry['score']:.4f}")

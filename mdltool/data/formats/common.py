@@ -1,0 +1,191 @@
+"""What the annotation formats share: keys, class lists, finding videos, and the checks on a finished listing."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+
+from mdltool.errors import MdlError
+from mdltool.registry import did_you_mean
+from mdltool.types import Clip, Listing
+
+VIDEO_SUFFIXES = frozenset(
+    (
+        ".3gp",
+        ".asf",
+        ".avi",
+        ".divx",
+        ".flv",
+        ".gif",
+        ".m2ts",
+        ".m4v",
+        ".mkv",
+        ".mjpeg",
+        ".mjpg",
+        ".mov",
+        ".mp4",
+        ".mpeg",
+        ".mpg",
+        ".mts",
+        ".mxf",
+        ".ogv",
+        ".rm",
+        ".ts",
+        ".vob",
+        ".webm",
+        ".wmv",
+        ".y4m",
+    )
+)
+_ROLES = {
+    "train": ("train", "training"),
+    "eval": ("val", "valid", "validate", "validation", "test", "testing"),
+}
+
+
+def key_of(name: str, start_s: float | None = None, end_s: float | None = None) -> str:
+    """A clip's key: its video's relative path without extension and without dots, plus the segment in ms.
+
+    The dots go because webdataset takes what follows the first one for the extension.
+    """
+    # a file name that is not UTF-8 has no place in JSON
+    text = PurePosixPath(name).as_posix().encode("utf-8", "replace").decode()
+    key = os.path.splitext(text)[0].lstrip("/").replace(".", "_")
+    # webdataset skips members whose first folder is written __like_this__
+    key = re.sub(r"^__+(?=[^/]*__/)", "_", key)
+    if start_s is None and end_s is None:
+        return key
+    return f"{key}_{_ms(start_s or 0.0)}_{_ms(end_s)}"
+
+
+def _ms(seconds: float | None) -> str:
+    return "end" if seconds is None else f"{round(seconds * 1000):08d}"
+
+
+def relative_name(video: Path, source: Path) -> str:
+    """A video's path as keys and metadata name it: relative to the source where it lies inside."""
+    path = video.relative_to(source) if video.is_relative_to(source) else video
+    return path.as_posix().lstrip("/")
+
+
+def source_folder(source: Path) -> Path:
+    """`source`, which must be a directory. Raises MdlError."""
+    if not source.exists():
+        raise MdlError("there is no such directory", source, "give the folder that holds the videos")
+    if not source.is_dir():
+        raise MdlError(
+            "the source is a file, not a directory", source, "give the folder of the videos; lists: --annotations"
+        )
+    return source
+
+
+def walk_videos(folder: Path) -> Iterator[Path]:
+    """Every video below a folder by its suffix, in order of name; hidden files and folders are left out.
+
+    Links to folders are followed, each folder once.
+    """
+    seen: set[str] = set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        folders[:] = [] if real in seen else sorted(f for f in folders if not f.startswith("."))
+        for name in sorted(files) if real not in seen else ():
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES:
+                yield Path(root, name)
+        seen.add(real)
+
+
+def videos_by_stem(folder: Path) -> dict[str, list[Path]]:
+    """File name without extension -> the videos of that name anywhere below the folder."""
+    found: dict[str, list[Path]] = {}
+    for path in walk_videos(folder):
+        found.setdefault(path.stem, []).append(path)
+    return found
+
+
+def choose_video(candidates: Sequence[Path], label: str) -> Path:
+    """Of several videos of one name, the one in its class's folder, else the first."""
+    wanted = _folded(label)
+    return next((path for path in candidates if _folded(path.parent.name) == wanted), candidates[0])
+
+
+def _folded(name: str) -> str:
+    return re.sub(r"[\s_]+", " ", name).strip().lower()
+
+
+def read_lines(path: Path) -> list[tuple[int, str]]:
+    """(line number from 1, stripped text) of the lines that are not blank. Raises MdlError."""
+    try:
+        text = path.read_text("utf-8-sig")
+    except FileNotFoundError:
+        raise MdlError("there is no such file", path, "check --annotations") from None
+    except (UnicodeDecodeError, IsADirectoryError) as error:
+        raise MdlError(f"this is not a text file ({error})", path, "check --annotations") from None
+    return [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+
+
+def read_class_list(path: Path) -> tuple[str, ...]:
+    """The names of a class list, one a line, in label order. Raises MdlError for none and for repeated names."""
+    names = [line.strip('"').strip() for _, line in read_lines(path)]
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if not names or repeated:
+        what = f"the class '{repeated[0]}' stands twice" if repeated else "the class list is empty"
+        raise MdlError(what, path, "write each class once, one a line")
+    return tuple(names)
+
+
+def label_of(name: str, classes: Sequence[str] | dict[str, int], where: str) -> int:
+    """Index of a class. Raises MdlError that names the row and the nearest class."""
+    index = classes if isinstance(classes, dict) else {c: i for i, c in enumerate(classes)}
+    if name not in index:
+        raise MdlError(f"the label '{name}' is not in the class list", where, did_you_mean(name, index))
+    return index[name]
+
+
+def official_part(split: str, where: object) -> str:
+    """ "train" or "eval": the two lists that UCF101 and HMDB51 publish. Raises MdlError for other splits."""
+    for part, names in _ROLES.items():
+        if split in names:
+            return part
+    raise MdlError(
+        f"this data set has no split '{split}'",
+        where,
+        "give --split train, val or test (val and test: its test list)",
+    )
+
+
+def same_split(value: str, split: str) -> bool:
+    """Whether a split column's value means the split asked for: train, val and test go by several names."""
+    families = (("train", "training"), ("val", "valid", "validate", "validation"), ("test", "testing"))
+    value, split = value.strip().lower(), split.lower()
+    return value == split or any(value in family and split in family for family in families)
+
+
+def finished(
+    classes: Sequence[str],
+    clips: Iterable[Clip],
+    missing: Sequence[tuple[str, str]],
+    notes: Sequence[str],
+    where: Path,
+) -> Listing:
+    """The listing, checked: no key twice, at least one file there. Adds the notes that all formats print."""
+    clips = tuple(clips)
+    by_key: dict[str, Clip] = {}
+    for clip in clips:
+        other = by_key.setdefault(clip.key, clip)
+        if other is not clip:
+            raise MdlError(
+                f"two clips have the key '{clip.key}': {other.video} and {clip.video}",
+                where,
+                "rename one of the files, or remove the repeated row",
+            )
+    if not clips:
+        first = f", the first: {missing[0][1]}" if missing else ""
+        raise MdlError(f"none of the {len(missing)} listed videos is there{first}", where, "check SOURCE")
+    seen = len({clip.label for clip in clips})
+    notes = [*notes, f"classes: {seen} seen of {len(classes)} listed", f"clips: {len(clips)}"]
+    if missing:
+        notes.append(f"missing: {len(missing)} of {len(missing) + len(clips)} listed files, e.g. {missing[0][1]}")
+    return Listing(tuple(classes), clips, tuple(missing), tuple(notes))

@@ -1,0 +1,50 @@
+"""Generic CSV: columns path,label and, where wanted, start,end (seconds) and split."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mdltool.data.formats.common import finished, key_of, label_of, relative_name, source_folder
+from mdltool.data.formats.table import read_rows, rows_of_split
+from mdltool.errors import MdlError
+from mdltool.types import Clip, Listing
+
+
+def read(
+    source: Path,
+    annotations: Path | None,
+    split: str,
+    fold: int = 1,
+    classes: Sequence[str] | None = None,
+) -> Listing:
+    """List the rows of a CSV file; paths are relative to `source` or absolute.
+
+    The classes are the labels of the whole file, sorted, whatever the split, so that the splits of one file
+    agree; files of their own need `classes`. Raises MdlError for what is wrong with the file, with its row.
+    """
+    source = source_folder(source)
+    if annotations is None:
+        raise MdlError("the CSV file is not given", source, "add --annotations FILE (columns: path,label)")
+    rows = read_rows(annotations, ("path", "label"), "the first line must name the columns: path,label[,start,end]")
+    names = tuple(classes) if classes else tuple(sorted({row["label"] for row in rows}))
+    index = {name: i for i, name in enumerate(names)}
+    clips, missing = [], []
+    for row in rows_of_split(rows, split, annotations):
+        video = source / row["path"]
+        start_s, end_s = row.segment("start", "end")
+        key = key_of(relative_name(video, source), start_s, end_s)
+        label = label_of(row["label"], index, row.where)
+        if video.is_file():
+            clips.append(Clip(key, video, label, start_s, end_s))
+        else:
+            missing.append((key, f"no file {row['path']}"))
+    order = (
+        "from --classes"
+        if classes
+        else "the labels of this file, sorted (give --classes where other splits are in other files)"
+    )
+    notes = [f"labels: {order}"]
+    if any(clip.is_segment for clip in clips):
+        notes.append(f"segments: {sum(clip.is_segment for clip in clips)}")
+    return finished(names, clips, missing, notes, annotations)

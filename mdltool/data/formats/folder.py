@@ -1,0 +1,54 @@
+"""Class folders: SOURCE/<class>/**/<video>, the folder is the label."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mdltool.data.formats.common import (
+    finished,
+    key_of,
+    label_of,
+    relative_name,
+    source_folder,
+    walk_videos,
+)
+from mdltool.errors import MdlError
+from mdltool.types import Clip, Listing
+
+
+def read(
+    source: Path,
+    annotations: Path | None,
+    split: str,
+    fold: int = 1,
+    classes: Sequence[str] | None = None,
+) -> Listing:
+    """List the videos of class folders; classes are the folders' names, sorted, unless `classes` fixes them.
+
+    Raises MdlError for a missing source, no class folder, an empty one, one that is not in `classes`, and for
+    folders of splits where class folders should be.
+    """
+    source = source_folder(source)
+    if annotations is not None:
+        raise MdlError("class folders need no annotations", annotations, "leave --annotations out, or --format csv")
+    folders = sorted(p for p in source.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not folders:
+        raise MdlError("there are no class folders here", source, "expected: SOURCE/<class>/<video>")
+    inner = source / split
+    if inner in folders and any(p.is_dir() for p in inner.iterdir()):
+        raise MdlError(f"these are folders of splits, not of classes: '{split}'", source, f"give {inner} as SOURCE")
+    names = tuple(classes) if classes else tuple(folder.name for folder in folders)
+    clips, empty = [], []
+    for folder in folders:
+        videos = list(walk_videos(folder))
+        if not videos:
+            empty.append(folder)
+        label = label_of(folder.name, names, str(folder))
+        for video in videos:
+            clips.append(Clip(key_of(relative_name(video, source)), video, label))
+    if empty:
+        also = f", and {len(empty) - 1} more" if len(empty) > 1 else ""
+        raise MdlError(f"the class folder holds no video{also}", empty[0], "remove the folder, or fill it")
+    order = "from --classes" if classes else "the folders' names, sorted"
+    return finished(names, clips, (), [f"labels: {order}"], source)

@@ -1,0 +1,86 @@
+"""HMDB51 as published: one <class>_test_splitN.txt per class and fold; 1 is training, 2 test, 0 neither."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from mdltool.data.formats.common import (
+    choose_video,
+    finished,
+    key_of,
+    label_of,
+    official_part,
+    read_lines,
+    relative_name,
+    source_folder,
+    videos_by_stem,
+)
+from mdltool.errors import MdlError
+from mdltool.types import Clip, Listing
+
+_FOLDERS = ("testTrainMulti_7030_splits", "test_train_splits", "splits")
+_USE = {"train": "1", "eval": "2"}
+
+
+def read(
+    source: Path,
+    annotations: Path | None,
+    split: str,
+    fold: int = 1,
+    classes: Sequence[str] | None = None,
+) -> Listing:
+    """List one of the three official folds; val and test both mean the videos marked 2.
+
+    source: holds <class>/<video>, or the videos flat. annotations: the folder of the split files; without it,
+    testTrainMulti_7030_splits/ in or beside `source`. Raises MdlError for missing or malformed split files.
+    """
+    source = source_folder(source)
+    files = _split_files(source, annotations, fold)
+    use = _USE[official_part(split, annotations or source)]
+    names = tuple(classes) if classes else tuple(files)
+    index = {name: i for i, name in enumerate(names)}
+    videos = videos_by_stem(source)
+    counts: Counter[str] = Counter()
+    clips, missing = [], []
+    for class_name, path in files.items():
+        label = label_of(class_name, index, str(path))
+        for number, line in read_lines(path):
+            name, _, mark = line.rpartition(" ")
+            if mark not in ("0", "1", "2") or not name:
+                raise MdlError(
+                    f"expected '<file> 0|1|2', found '{line}'", f"{path}, line {number}", "restore the file"
+                )
+            counts[mark] += 1
+            if mark != use:
+                continue
+            stem = Path(name.strip()).stem
+            if stem in videos:
+                video = choose_video(videos[stem], class_name)
+                clips.append(Clip(key_of(relative_name(video, source)), video, label))
+            else:
+                missing.append((f"{class_name}/{key_of(name.strip())}", f"no file {class_name}/{name.strip()}"))
+    notes = [
+        f"lists: {len(files)} files of fold {fold}: {counts['1']} train, {counts['2']} test, {counts['0']} unused",
+        "labels: class names, sorted",
+    ]
+    return finished(names, clips, missing, notes, next(iter(files.values())).parent)
+
+
+def _split_files(source: Path, annotations: Path | None, fold: int) -> dict[str, Path]:
+    """Class name -> its split file, sorted by name."""
+    roots = [annotations] if annotations else [source, source.parent]
+    places = [place for root in roots for place in (root, *(root / name for name in _FOLDERS))]
+    for place in places:
+        found = {}
+        for path in place.glob(f"*_test_split{fold}.txt"):
+            found[re.sub(r"_test_split\d+\.txt$", "", path.name)] = path
+        if found:
+            return dict(sorted(found.items()))
+    raise MdlError(
+        f"there are no split files '<class>_test_split{fold}.txt'",
+        roots[0],
+        "--annotations FOLDER (the unpacked test_train_splits) and --fold 1, 2 or 3",
+    )

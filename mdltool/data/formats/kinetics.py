@@ -1,0 +1,70 @@
+"""Kinetics-400/600/700 as published: a CSV with label,youtube_id,time_start,time_end,split."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mdltool.data.formats.common import (
+    choose_video,
+    finished,
+    key_of,
+    label_of,
+    relative_name,
+    source_folder,
+    videos_by_stem,
+)
+from mdltool.data.formats.table import Row, read_rows, rows_of_split
+from mdltool.errors import MdlError
+from mdltool.types import Clip, Listing
+
+_NO_LABELS = "the published test lists carry no labels: use the train or val list"
+
+
+def read(
+    source: Path,
+    annotations: Path | None,
+    split: str,
+    fold: int = 1,
+    classes: Sequence[str] | None = None,
+) -> Listing:
+    """List the rows of a published CSV file.
+
+    source: holds <youtube_id>.mp4 or <youtube_id>_000017_000027.mp4, flat or in folders; a file is the cut clip,
+    and of several of one name the one in its class's folder counts. The classes are the label column, sorted,
+    unless `classes` fixes them (needed for excerpts of the lists). Raises MdlError for what is wrong with the file.
+    """
+    source = source_folder(source)
+    if annotations is None:
+        raise MdlError("the Kinetics CSV file is not given", source, "add --annotations kinetics-400_val.csv")
+    rows = read_rows(annotations, ("label", "youtube_id"), _NO_LABELS)
+    labels = [_unquoted(row["label"]) for row in rows]
+    names = tuple(classes) if classes else tuple(sorted(set(labels)))
+    index = {name: i for i, name in enumerate(names)}
+    videos = videos_by_stem(source)
+    clips, missing = [], []
+    for row in rows_of_split(rows, split, annotations):
+        label_name = _unquoted(row["label"])
+        label = label_of(label_name, index, row.where)
+        stems = _stems(row)
+        candidates = next((videos[stem] for stem in stems if stem in videos), None)
+        if candidates:
+            video = choose_video(candidates, label_name)
+            clips.append(Clip(key_of(relative_name(video, source)), video, label))
+        else:
+            missing.append((stems[0], f"no file {stems[0]}.* or {stems[-1]}.*"))
+    order = "from --classes" if classes else "the label column, sorted (give --classes for an excerpt)"
+    return finished(names, clips, missing, [f"labels: {order}"], annotations)
+
+
+def _unquoted(label: str) -> str:
+    return label.strip('"').strip()
+
+
+def _stems(row: Row) -> list[str]:
+    """The file names that downloaders give the clip, most specific first."""
+    video_id = row["youtube_id"]
+    start_s, end_s = row.segment("time_start", "time_end")
+    if start_s is None or end_s is None:
+        return [video_id]
+    return [f"{video_id}_{round(start_s):06d}_{round(end_s):06d}", video_id]

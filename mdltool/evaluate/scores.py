@@ -1,0 +1,115 @@
+"""The one evaluation loop: views in, one score vector per clip out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mdltool.data.loader import ClipViews
+from mdltool.model import MultiDomainModel
+from mdltool.tasks import Task
+
+_VIEWS_PER_FORWARD = 32
+
+
+@dataclass
+class DomainScores:
+    """Scores of the clips of one domain that this process saw; `score_domain` fills it.
+
+    scores: one [N] tensor a clip, probabilities or the mean of logits made probabilities. missing: (key, reason).
+    """
+
+    keys: list[str] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    scores: list[Tensor] = field(default_factory=list)
+    missing: list[tuple[str, int, str]] = field(default_factory=list)
+    distinct_views: int | None = None
+    backends: set[str] = field(default_factory=set)
+
+    def merge(self, others: Iterable[DomainScores]) -> DomainScores:
+        """This process's scores and the others', ordered by key: the same whatever the number of processes."""
+        parts = [self, *others]
+        rows = [row for part in parts for row in zip(part.keys, part.labels, part.scores, strict=True)]
+        rows.sort(key=lambda row: row[0])
+        distinct = [part.distinct_views for part in parts if part.distinct_views is not None]
+        return DomainScores(
+            keys=[row[0] for row in rows],
+            labels=[row[1] for row in rows],
+            scores=[row[2] for row in rows],
+            missing=sorted(entry for part in parts for entry in part.missing),
+            distinct_views=min(distinct) if distinct else None,
+            backends=set().union(*(part.backends for part in parts)),
+        )
+
+
+def score_domain(
+    model: MultiDomainModel,
+    clips: Iterable[ClipViews],
+    domain: str,
+    task: Task,
+    *,
+    average: str = "probs",
+    device: torch.device | None = None,
+    autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
+    advance: Callable[..., None] | None = None,
+) -> DomainScores:
+    """Score every clip of one domain: the mean over its views of probabilities, or of logits (`average: logits`).
+
+    Clips with few views share a forward pass; a clip's views are never split over two.
+    """
+    found = DomainScores()
+    model.eval()
+    with torch.inference_mode():
+        for group in _groups(clips, found):
+            frames = torch.cat([clip.views.frames for clip in group if clip.views is not None])
+            frames = frames.to(device or "cpu").contiguous(memory_format=torch.channels_last_3d)
+            with autocast():
+                logits = model(frames, domain)
+            logits = logits.float().cpu()
+            per_view = task.probabilities(logits) if average == "probs" else logits
+            sizes = [len(clip.views.frames) for clip in group if clip.views is not None]
+            for clip, part in zip(group, per_view.split(sizes), strict=True):
+                mean = part.double().mean(dim=0).float()
+                found.keys.append(clip.key)
+                found.labels.append(clip.label)
+                found.scores.append(mean if average == "probs" else task.probabilities(mean))
+            if advance is not None:
+                advance(len(group))
+    return found
+
+
+def _groups(clips: Iterable[ClipViews], found: DomainScores) -> Iterator[list[ClipViews]]:
+    group: list[ClipViews] = []
+    views = 0
+    for clip in clips:
+        if clip.views is None:
+            found.missing.append((clip.key, clip.label, clip.error or "cannot be decoded"))
+            continue
+        count = len(clip.views.frames)
+        found.backends.add(clip.views.backend)
+        found.distinct_views = min(found.distinct_views or clip.views.distinct, clip.views.distinct)
+        if group and views + count > _VIEWS_PER_FORWARD:
+            yield group
+            group, views = [], 0
+        group.append(clip)
+        views += count
+    if group:
+        yield group
+
+
+def tensors_of(found: DomainScores, num_classes: int, count_missing: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(scores [M, N], labels [M], wrong [M]); missing clips come last, with zero scores, when they count."""
+    scores = list(found.scores)
+    labels = list(found.labels)
+    wrong = [False] * len(scores)
+    if count_missing:
+        for _, label, _ in found.missing:
+            scores.append(torch.zeros(num_classes))
+            labels.append(label)
+            wrong.append(True)
+    stacked = torch.stack(scores) if scores else torch.zeros(0, num_classes)
+    return stacked, torch.tensor(labels, dtype=torch.long), torch.tensor(wrong, dtype=torch.bool)

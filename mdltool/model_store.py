@@ -1,0 +1,151 @@
+"""Models and backbones in and out of artifacts.
+
+A model artifact holds `model.json`, `weights/last.safetensors` and, after validation, `weights/best.safetensors`. The backbone's weights are in them when training changed them; else the model names its backbone by digest.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mdltool.artifact import Artifact, latest, open_artifact, write_text
+from mdltool.backbones.base import Backbone
+from mdltool.errors import MdlError
+from mdltool.model import ModelSpec, MultiDomainModel, build_backbone, build_model
+from mdltool.train.checkpoint import save_tensors
+
+WEIGHTS = ("last", "best")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """A safetensors file on the CPU. Raises MdlError for a damaged one."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise MdlError(
+            f"this safetensors file cannot be read ({error})", path, "mdltool inspect --verify"
+        ) from None
+
+
+def changes_backbone(regimes: set[str], bn: str) -> bool:
+    """Whether training can change the backbone's own tensors: its weights, or its running statistics."""
+    return bool(regimes & {"joint", "full"}) or bn in ("shared", "recalibrate")
+
+
+def write_model_json(
+    folder: Path,
+    spec: ModelSpec,
+    recipe: Mapping[str, Any],
+    classes: Mapping[str, tuple[str, ...]],
+    own_backbone: bool,
+    parameters: Mapping[str, Any],
+) -> None:
+    """Everything but the tensors: enough to rebuild the model and to say what it is."""
+    domains = {d: {"task": recipe["domains"][d]["task"], "classes": list(names)} for d, names in classes.items()}
+    content = {
+        "spec": spec.to_json(),
+        "recipe": recipe,
+        "domains": domains,
+        "own_backbone": own_backbone,
+        "parameters": parameters,
+    }
+    write_text(folder / "model.json", json.dumps(content, indent=1))
+
+
+def load_model(artifact: Artifact, weights: str = "last", work: Path | None = None) -> MultiDomainModel:
+    """A trained model in eval mode, on the CPU.
+
+    weights: last or best. work: where to look for the backbone of a model that stores it by digest, when it is no
+    longer at the path that the model remembers.
+    """
+    content = artifact.load_json("model.json")
+    name = f"weights/{weights}.safetensors"
+    if weights == "best" and name not in artifact.files:
+        raise MdlError(
+            "this model has no best weights: it was trained without validation", artifact.path, "use last"
+        )
+    spec = ModelSpec.from_json(content["spec"])
+    backbone = build_backbone(spec)
+    own = bool(content["own_backbone"])
+    if not own:
+        source = find_backbone(artifact, work)
+        backbone.load_library_state(read_tensors(source.file("backbone.safetensors")), source.path)
+    model = build_model(spec, backbone)
+    model.load_tensors(read_tensors(artifact.file(name)), artifact.path, with_backbone=own)
+    return model.eval()
+
+
+def find_backbone(artifact: Artifact, work: Path | None) -> Artifact:
+    """The backbone artifact that a model was trained on, by its digest."""
+    wanted = next((entry for entry in artifact.inputs if entry.role == "backbone"), None)
+    assert wanted is not None, "a model without its own backbone has one among its inputs"
+    places = [Path(wanted.path)]
+    if work is not None and (work / "backbone").is_dir():
+        places += sorted(path.parent for path in (work / "backbone").glob("*/artifact.json"))
+    for place in places:
+        if (place / "artifact.json").is_file():
+            found = open_artifact(place)
+            if found.digest == wanted.digest:
+                return found
+    raise MdlError(
+        f"the model's backbone is not here (digest {wanted.digest[:12]}, it was at {wanted.path})",
+        artifact.path,
+        "put that backbone artifact back, or into the work directory under backbone/",
+    )
+
+
+def save_backbone(folder: Path, backbone: Backbone, about: Mapping[str, Any]) -> None:
+    """Write backbone.safetensors (the library's own keys, classifier included) and backbone.json."""
+    save_tensors(folder / "backbone.safetensors", backbone.library_state())
+    write_text(folder / "backbone.json", json.dumps(dict(about), indent=1))
+
+
+def choose_backbone(given: Artifact | None, work: Path, spec: ModelSpec, tag: str) -> Artifact | None:
+    """The backbone artifact for a recipe: the given one, else the work directory's latest; None for `scratch`.
+
+    Raises MdlError when the recipe wants pretrained weights and none are there, or they are another network's.
+    """
+    found = given
+    if found is None and tag != "scratch":
+        found = latest(work, "backbone")
+        if found is None:
+            raise MdlError(
+                f"the recipe wants {spec.backbone} with '{tag}' weights, and there is no backbone in {work}",
+                "backbone.weights",
+                f"mdltool backbone import {spec.backbone} --file CHECKPOINT, or --set backbone.weights=scratch",
+            )
+    if found is None:
+        return None
+    about = found.load_json("backbone.json")
+    if about["name"] != spec.backbone:
+        raise MdlError(
+            f"this backbone is {about['name']}, the recipe wants {spec.backbone}",
+            found.path,
+            "give the right one with --backbone",
+        )
+    return found
+
+
+def backbone_with_weights(spec: ModelSpec, source: Artifact | None) -> Backbone:
+    """The spec's backbone, with an artifact's weights or random ones."""
+    backbone = build_backbone(spec)
+    if source is not None:
+        backbone.load_library_state(read_tensors(source.file("backbone.safetensors")), source.path)
+    return backbone
+
+
+def stored_tensors(model: MultiDomainModel, own_backbone: bool) -> dict[str, Tensor]:
+    """What goes into a model's weights file."""
+    return {key: value.detach() for key, value in model.tensors(own_backbone).items()}
+
+
+def seeded(seed: int) -> None:
+    """Seed torch's generator: initial weights are a function of the recipe's seed alone."""
+    torch.manual_seed(seed)

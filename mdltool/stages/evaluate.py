@@ -1,0 +1,172 @@
+"""`eval`: a model on its domains' shards, over T x S views -> eval artifact."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mdltool import console
+from mdltool.artifact import Artifact, begin, open_artifact, write_text
+from mdltool.data.index import ShardIndex
+from mdltool.data.loader import ViewLoader
+from mdltool.errors import MdlError
+from mdltool.evaluate.metrics import domain_report, mean_over_domains, write_scores
+from mdltool.evaluate.scores import DomainScores, score_domain
+from mdltool.model import MultiDomainModel
+from mdltool.model_store import load_model
+from mdltool.recipe import Recipe
+from mdltool.registry import did_you_mean
+from mdltool.stages.plan import eval_views
+from mdltool.tasks import TASKS
+from mdltool.train.distributed import World, broadcast_object, gather_objects, join_world
+
+
+def run(
+    model_artifact: Artifact,
+    shards: Iterable[Artifact],
+    out: Path,
+    *,
+    views: str | None = None,
+    weights: str = "last",
+    precision: str | None = None,
+    work: Path | None = None,
+    workers: int = 1,
+) -> Artifact:
+    """Score every clip once over all processes; rank 0 writes the artifact and every rank returns it.
+
+    views: TxS, default the recipe's. precision: fp32, bf16 or fp16, default the recipe's.
+    """
+    content = model_artifact.load_json("model.json")
+    recipe = Recipe.model_validate(content["recipe"])
+    grid = views or recipe.views.grid
+    precision = precision or recipe.train.precision
+    eval_views(recipe, grid)  # refuses a malformed grid before any work
+    indices = _check_shards(content, list(shards))
+    world = join_world()
+    request = {"views": grid, "weights": weights, "precision": precision}
+    draft = None
+    if world.is_main:
+        inputs = [model_artifact.as_input("model")] + [a.as_input("data") for a, _ in indices.values()]
+        draft = begin(out, kind="eval", stage="eval", inputs=inputs, request=request)
+    if broadcast_object(isinstance(draft, Artifact), world):
+        return open_artifact(out, "eval")
+    model = load_model(model_artifact, weights, work).to(_device()).to(memory_format=torch.channels_last_3d)
+    found = {
+        d: _score(model, recipe, d, index, grid, precision, workers, world) for d, (_, index) in indices.items()
+    }
+    if draft is not None:
+        assert not isinstance(draft, Artifact)
+        report = _report(recipe, content, found, indices, {"model_digest": model_artifact.digest, **request})
+        summary = _write(draft.path, report, {d: f for d, f in found.items() if f is not None})
+        draft.commit({"views": grid, **summary})
+    broadcast_object(None, world)  # the others wait until the artifact is whole
+    return open_artifact(out, "eval")
+
+
+def _check_shards(content: dict[str, Any], shards: list[Artifact]) -> dict[str, tuple[Artifact, ShardIndex]]:
+    found = {}
+    for artifact in shards:
+        index = ShardIndex.open(artifact)
+        if index.domain not in content["domains"]:
+            raise MdlError(
+                f"the model has no domain '{index.domain}'",
+                artifact.path,
+                did_you_mean(index.domain, content["domains"]),
+            )
+        if list(index.classes) != content["domains"][index.domain]["classes"]:
+            raise MdlError(
+                f"{index.domain}: these shards have other classes than the model",
+                artifact.path,
+                "use one class list",
+            )
+        if index.domain in found:
+            raise MdlError(f"two sets of shards for {index.domain}", artifact.path, "give one of them")
+        found[index.domain] = (artifact, index)
+    if not found:
+        raise MdlError("there are no shards to evaluate on", None, "--data DOMAIN=PATH")
+    return {d: found[d] for d in content["domains"] if d in found}
+
+
+def _score(
+    model: MultiDomainModel,
+    recipe: Recipe,
+    domain: str,
+    index: ShardIndex,
+    grid: str,
+    precision: str,
+    workers: int,
+    world: World,
+) -> DomainScores | None:
+    """One domain's scores over all processes, on rank 0; None elsewhere."""
+    loader = ViewLoader(index, eval_views(recipe, grid), workers=workers, rank=world.rank, world=world.size)
+    task = TASKS.load(recipe.domains[domain].task)()
+    mine = len(range(world.rank, len(index), world.size))
+    with console.progress(f"eval {domain}", mine) as advance:
+        own = score_domain(
+            model,
+            loader,
+            domain,
+            task,
+            average=recipe.views.average,
+            device=_device(),
+            autocast=lambda: _autocast(precision),
+            advance=advance,
+        )
+    parts = gather_objects(own, world)
+    return parts[0].merge(parts[1:]) if parts is not None else None
+
+
+def _report(
+    recipe: Recipe,
+    content: dict[str, Any],
+    found: dict[str, DomainScores | None],
+    indices: dict[str, tuple[Artifact, ShardIndex]],
+    head: dict[str, Any],
+) -> dict[str, Any]:
+    """The contents of metrics.json and confusion.json."""
+    domains, confusion = {}, {}
+    precision = head.pop("precision")
+    for domain, scores in found.items():
+        assert scores is not None
+        artifact, index = indices[domain]
+        classes = content["domains"][domain]["classes"]
+        task = TASKS.load(recipe.domains[domain].task)()
+        entry, matrix = domain_report(scores, task, classes, len(index), recipe.views.on_error == "wrong")
+        entry |= {"split": index.split, "split_digest": artifact.digest, "precision": precision}
+        domains[domain] = entry
+        confusion[domain] = {"classes": classes, "matrix": matrix}
+        _say_collapsed(domain, scores, head["views"])
+    metrics = {**head, "domains": domains, "mean": mean_over_domains(domains), "decathlon": None}
+    return {"metrics": metrics, "confusion": confusion}
+
+
+def _say_collapsed(domain: str, scores: DomainScores, grid: str) -> None:
+    temporal, spatial = map(int, grid.split("x"))
+    if scores.distinct_views is not None and scores.distinct_views < temporal * spatial:
+        console.say(
+            f"{domain}: some clips are so short or narrow that their {temporal * spatial} views are only "
+            f"{scores.distinct_views} distinct ones"
+        )
+
+
+def _write(folder: Path, report: dict[str, Any], found: dict[str, DomainScores]) -> dict[str, Any]:
+    write_text(folder / "metrics.json", json.dumps(report["metrics"], indent=1))
+    write_text(folder / "confusion.json", json.dumps(report["confusion"]))
+    write_scores(folder / "scores.parquet", found)
+    domains = report["metrics"]["domains"]
+    return {"domains": {d: e["metrics"] for d, e in domains.items()}, "mean": report["metrics"]["mean"]}
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _autocast(precision: str) -> AbstractContextManager[None]:
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(_device().type, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])

@@ -1,0 +1,89 @@
+"""`train`: shards + backbone -> model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mdltool.artifact import Artifact, Draft, begin, write_text
+from mdltool.model import build_model, reuse_classifier
+from mdltool.model_store import (
+    backbone_with_weights,
+    changes_backbone,
+    choose_backbone,
+    seeded,
+    stored_tensors,
+    write_model_json,
+)
+from mdltool.recipe import Recipe
+from mdltool.stages.fitting import DomainData, fit, gather_data
+from mdltool.stages.plan import model_spec
+from mdltool.train.checkpoint import save_tensors
+from mdltool.train.loop import Progress
+
+
+def run(
+    recipe: Recipe,
+    shards: Iterable[Artifact],
+    backbone: Artifact | None,
+    out: Path,
+    *,
+    work: Path,
+    resume: bool = False,
+    workers: int = 1,
+) -> Artifact:
+    """Train a recipe's model on shards; an interrupted run is continued with `resume`."""
+    data = gather_data(recipe, shards)
+    spec = model_spec(recipe, {name: len(d.train_index.classes) for name, d in data.items()})
+    source = choose_backbone(backbone, work, spec, recipe.backbone.weights)
+    inputs = [d.train.as_input("train") for d in data.values()]
+    inputs += [d.val.as_input("val") for d in data.values() if d.val is not None]
+    inputs += [source.as_input("backbone")] if source is not None else []
+    draft = begin(
+        out,
+        kind="model",
+        stage="train",
+        inputs=inputs,
+        request=recipe.model_dump(mode="json"),
+        resume="must" if resume else "ask",
+    )
+    if isinstance(draft, Artifact):
+        return draft
+    seeded(recipe.train.seed)
+    model = build_model(spec, backbone_with_weights(spec, source))
+    classes = {name: d.train_index.classes for name, d in data.items()}
+    if recipe.heads.reuse_pretrained and source is not None:
+        pretrained = source.load_json("backbone.json").get("classes", [])
+        reuse_classifier(model, {n: list(c) for n, c in classes.items()}, pretrained)
+    regimes: set[str] = {step.regime for step in recipe.train.steps}
+    # Random weights have no artifact to point at, so they are stored whatever the regime.
+    own_backbone = source is None or changes_backbone(regimes, spec.bn)
+    progress = fit(recipe, model, data, draft.path, own_backbone=own_backbone, workers=workers)
+    model.to("cpu")
+    save_tensors(draft.path / "weights" / "last.safetensors", stored_tensors(model, own_backbone))
+    counts = model.parameter_counts()
+    write_model_json(draft.path, spec, recipe.model_dump(mode="json"), classes, own_backbone, counts)
+    write_text(draft.path / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+    return _commit(draft, recipe, data, progress, counts)
+
+
+def _commit(
+    draft: Draft, recipe: Recipe, data: dict[str, DomainData], progress: Progress, counts: dict[str, Any]
+) -> Artifact:
+    summary = {
+        "recipe": recipe.name,
+        "domains": {
+            name: {"classes": len(d.train_index.classes), "clips": len(d.train_index)} for name, d in data.items()
+        },
+        "updates": progress.update,
+        "seconds": round(progress.seconds, 2),
+        "best_step": progress.best_update,
+        "updates_to_best": progress.best_update,
+        "seconds_to_best": None if progress.best_seconds is None else round(progress.best_seconds, 2),
+        "val": progress.last_scores,
+        "parameters": {key: value for key, value in counts.items() if key != "per_domain"},
+    }
+    return draft.commit(summary, volatile=("metrics.jsonl", "tensorboard"), drop=("checkpoints",))
