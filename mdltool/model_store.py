@@ -1,6 +1,7 @@
 """Models and backbones in and out of artifacts.
 
-A model artifact holds `model.json`, `weights/last.safetensors` and, after validation, `weights/best.safetensors`. The backbone's weights are in them when training changed them; else the model names its backbone by digest.
+A model artifact holds `model.json`, `weights/last.safetensors` and, after validation, `weights/best.safetensors`.
+The backbone's weights are in them when training changed them; else the model names its backbone by digest.
 """
 
 from __future__ import annotations

@@ -34,7 +34,8 @@ class DomainStatistics(nn.Module):
 class DomainBatchNorm(Wrapper):
     """A backbone's BatchNorm3d that normalises each domain with that domain's statistics.
 
-    affine: weight and bias are per domain too (`per_domain`); else shared (`per_domain_stats`). use_shared: be as the library's layer, statistics included, while a `recalibrate` run trains. recalibrating: average batches with
+    affine: weight and bias are per domain too (`per_domain`); else shared (`per_domain_stats`). use_shared: be as
+    the library's layer, statistics included, while a `recalibrate` run trains. recalibrating: average batches with
     equal weights instead of a decaying one.
     """
 
@@ -67,6 +68,12 @@ class DomainBatchNorm(Wrapper):
             momentum,
             self.inner.eps,
         )
+
+    def reset_statistics(self) -> None:
+        """Forget every domain's statistics."""
+        for statistics in self.statistics.values():
+            assert isinstance(statistics, DomainStatistics)
+            statistics.reset()
 
     def domain_modules(self) -> Mapping[str, nn.Module]:
         return dict(self.statistics.items())

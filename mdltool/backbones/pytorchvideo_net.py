@@ -7,7 +7,7 @@ adapters sit after M1..M5 (spec omi_mdl 2.1).
 from __future__ import annotations
 
 import warnings
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -32,9 +32,10 @@ class PyTorchVideoBackbone(Backbone):
     Options = PoolOptions
 
     def __init__(self, net: nn.Module, num_frames: int, crop: int, pool: str) -> None:
-        head = net.blocks[-1]
+        blocks: Any = net.blocks
+        head = blocks[-1]
         super().__init__(net, head.proj.in_features, num_frames, crop)
-        self.take_classifier(f"blocks.{len(net.blocks) - 1}.proj")
+        self.take_classifier(f"blocks.{len(blocks) - 1}.proj")
         # The hub head softmaxes in training too: with cross-entropy that would be a double softmax.
         head.activation = None
         head.output_pool = None
@@ -44,10 +45,14 @@ class PyTorchVideoBackbone(Backbone):
             holder.pool = nn.AdaptiveAvgPool3d(1)
 
     def forward(self, x_BCTHW: Tensor) -> Tensor:
-        for block in self.net.blocks[:-1]:
-            x_BCTHW = block(x_BCTHW)
-        pooled_BFthw = self.net.blocks[-1].pool(x_BCTHW)
+        *stages, head = self._blocks()
+        for stage in stages:
+            x_BCTHW = stage(x_BCTHW)
+        pooled_BFthw = head.pool(x_BCTHW)
         return pooled_BFthw.flatten(2).transpose(1, 2)
 
     def site_paths(self) -> dict[str, tuple[str, str]]:
-        return {f"stage{i + 1}": (f"blocks.{i}", "stage") for i in range(len(self.net.blocks) - 1)}
+        return {f"stage{i + 1}": (f"blocks.{i}", "stage") for i in range(len(self._blocks()) - 1)}
+
+    def _blocks(self) -> Any:
+        return self.net.blocks

@@ -58,9 +58,8 @@ def _root(
 
 
 for _name in COMMANDS:
-    if importlib.util.find_spec(f"mdltool.cli.{_name}") is None:
-        continue
-    importlib.import_module(f"mdltool.cli.{_name}").register(app)
+    if importlib.util.find_spec(f"mdltool.cli.{_name}") is not None:
+        importlib.import_module(f"mdltool.cli.{_name}").register(app)
 
 
 def main() -> None:

@@ -58,6 +58,8 @@ class TorchcodecReader:
             raise VideoError(str(error).strip().splitlines()[0]) from None
         # Packets that share a time hold one shown frame.
         self.times_s = np.unique(self._index.pts_seconds.numpy())
+        if len(self.times_s) == 1 < len(self._index):
+            raise VideoError("its packets carry no times")
         self.step_s = float(self._index.duration_seconds[-1]) if len(self._index) else 0.0
 
     def read(self, indices: np.ndarray) -> np.ndarray:

@@ -1,8 +1,8 @@
 """From shards to batches, at exact positions (design, section 7; spec omi_mdl 5.1, 6.1, 6.3, 6.5).
 
-A domain is an endless stream: one permutation of its clips after the other. The position in the stream decides
-the clip and its augmentation, and the update decides the positions, so any number of workers and processes gives the same
-batches, and a run that starts at update u gets what it would have got anyway.
+A domain is an endless stream: one permutation of its clips after the other. The position in the stream decides the
+clip and its augmentation, and the update decides the positions, so any number of workers and processes gives the
+same batches, and a run that starts at update u gets what it would have got anyway.
 """
 
 from __future__ import annotations

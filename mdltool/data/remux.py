@@ -162,12 +162,13 @@ def _trim(times_s: np.ndarray, first: int, stop: int, path: Path) -> tuple[float
     """Frames first to stop in the times that the new container gives them, which may be rounded."""
     with closing(PyavReader(path, 1, DecodeStats())) as reader:
         written_s = reader.times_s - reader.times_s[0]
+        after_s = float(written_s[-1]) + (reader.step_s or 1.0)
 
     def written(time_s: float) -> float:
         at = np.searchsorted(written_s, time_s - _ROUNDING_S)
         return float(written_s[min(at, len(written_s) - 1)])
 
-    return written(times_s[first]), written(times_s[stop]) if stop < len(times_s) else float(written_s[-1]) + 1.0
+    return written(times_s[first]), written(times_s[stop]) if stop < len(times_s) else after_s
 
 
 def _seek_before(container: InputContainer, stream: av.VideoStream, pts: int) -> None:

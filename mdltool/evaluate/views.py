@@ -21,8 +21,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ViewSpec:
-    """temporal positions x spatial crops, and how each is taken. starts: spaced_exclusive, spaced_inclusive,
-    random or centre. axis, rounding: see transforms.crop_corners. seed: of random starts."""
+    """temporal positions x spatial crops, and how each is taken.
+
+    starts: see sampling.view_starts. axis, rounding: see transforms.crop_corners. seed: of random starts.
+    Raises MdlError when the crop does not fit into frames of short_side.
+    """
 
     temporal: int
     spatial: int
@@ -34,10 +37,18 @@ class ViewSpec:
     rounding: str = "floor"
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if not 0 < self.crop <= self.short_side:
+            raise MdlError(
+                f"crops of {self.crop} pixels do not fit a shorter side of {self.short_side}",
+                None,
+                "crop <= short_side",
+            )
+
 
 @dataclass(frozen=True)
 class Views:
-    """frames: uint8 [T * S, 3, F, crop, crop], temporal-major. distinct: how many differ. backend: decoder."""
+    """frames: uint8 [T * S, 3, F, crop, crop], temporal-major. distinct: views that differ. backend: the decoder."""
 
     frames: Tensor
     distinct: int
@@ -46,7 +57,7 @@ class Views:
 
 def parse_views(text: str) -> tuple[int, int]:
     """`10x3` -> (10, 3). Raises MdlError for anything that is not T x 1 or T x 3."""
-    match = re.fullmatch(r"([1-9]\d*)x([13])", text)
+    match = re.fullmatch(r"([1-9][0-9]{0,3})x([13])", text)
     if match is None:
         raise MdlError(f"'{text}' is no choice of views", "--views", "TxS with S 1 or 3, e.g. 10x3 or 1x1")
     return int(match[1]), int(match[2])
@@ -63,12 +74,10 @@ def load_views(
 ) -> Views:
     """Every view of a video, opened and decoded once. Raises VideoError for a video that cannot be used.
 
-    key: the clip's key, which with the seed decides random starts.
+    trim: as in decode.decode. key: the clip's key, which with the seed decides random starts.
     """
-    import torch
-
     from mdltool.data.decode import decode
-    from mdltool.data.transforms import crop_corners, resized
+    from mdltool.data.transforms import crop_corners, scaled
 
     picked: list[np.ndarray] = []
 
@@ -79,17 +88,36 @@ def load_views(
         return np.concatenate(picked).tolist()
 
     decoded = decode(video, choose, trim=trim, threads=threads, stats=stats)
-    frames_UCHW = resized(decoded.frames, spec.short_side)
-    height, width = frames_UCHW.shape[-2:]
-    corners = crop_corners(height, width, spec.crop, spec.spatial, spec.axis, spec.rounding)
-    rows = [torch.from_numpy(decoded.rows(indices)) for indices in picked]
-    views = torch.empty(
-        (len(rows), len(corners), 3, spec.sampling.num_frames, spec.crop, spec.crop), dtype=torch.uint8
-    )
-    for s, (y, x) in enumerate(corners):
-        # planar once per crop and distinct frame; the views then copy whole planes
-        crop_CUHW = frames_UCHW[..., y : y + spec.crop, x : x + spec.crop].permute(1, 0, 2, 3).contiguous()
-        for t, chosen in enumerate(rows):
-            torch.index_select(crop_CUHW, 1, chosen, out=views[t, s])
+    size = scaled(*decoded.frames.shape[-2:], spec.short_side)
+    corners = crop_corners(*size, spec.crop, spec.spatial, spec.axis, spec.rounding)
+    frames = _cut(decoded.frames, decoded.rows(np.stack(picked)), size, spec.short_side, corners, spec.crop)
     distinct = len({indices.tobytes() for indices in picked}) * len(set(corners))
-    return Views(views.flatten(0, 1), distinct, decoded.backend)
+    return Views(frames, distinct, decoded.backend)
+
+
+def _cut(
+    frames_U3HW: Tensor,
+    rows_TF: np.ndarray,
+    size: tuple[int, int],
+    short_side: int,
+    corners: Sequence[tuple[int, int]],
+    crop: int,
+) -> Tensor:
+    """uint8 [T * S, 3, F, crop, crop] of the distinct frames, where rows_TF says which frame stands where.
+
+    Frame by frame: resized and made planar once, in a buffer that stays in the processor's cache while its crops
+    are copied to every place that shows them. NumPy, because it allocates large arrays in huge pages.
+    """
+    import torch
+
+    from mdltool.data.transforms import resized
+
+    temporal, num_frames = rows_TF.shape
+    views = np.empty((temporal, len(corners), 3, num_frames, crop, crop), np.uint8)
+    planar = np.empty((3, *size), np.uint8)
+    for row in range(len(frames_U3HW)):
+        np.copyto(planar, resized(frames_U3HW[row : row + 1], short_side)[0].numpy())
+        for t, f in np.argwhere(rows_TF == row).tolist():
+            for s, (y, x) in enumerate(corners):
+                views[t, s, :, f] = planar[:, y : y + crop, x : x + crop]
+    return torch.from_numpy(views).flatten(0, 1)

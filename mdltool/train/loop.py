@@ -277,8 +277,7 @@ class Trainer:
         for norm in norms:
             norm.use_shared = False
             norm.recalibrating = True
-            for statistics in norm.statistics.values():
-                statistics.reset()
+            norm.reset_statistics()
         self.model.eval()
         for norm in norms:
             norm.train()

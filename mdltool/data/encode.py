@@ -1,0 +1,223 @@
+"""One clip's bytes for a shard: the file as it is, a segment cut from it, or its frames encoded anew.
+
+Encoders run one thread and write no dates or versions: their bytes depend on the frames only (design, section 7).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from av.codec.context import Flags
+from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
+
+from mdltool.data.decode import check_video
+from mdltool.data.decode_pyav import quarter_turns
+from mdltool.data.remux import cut_segment, demux, find_span, open_video, segment_packets
+from mdltool.data.video import VideoError
+from mdltool.types import Clip
+
+MODES = ("copy", "h264", "jpeg")
+_H264_OPTIONS = {"crf": "20", "preset": "fast"}
+_JPEG_QUANTIZER = 3
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How clips are stored. mode: copy, h264 or jpeg; of the latter two: short_side: the most pixels of the
+    shorter side, never enlarged; gop: the most frames from one key frame to the next (h264)."""
+
+    mode: str = "copy"
+    short_side: int = 320
+    gop: int = 16
+
+    def as_request(self) -> dict[str, Any]:
+        """What of this decides the bytes."""
+        request: dict[str, Any] = {"mode": self.mode}
+        if self.mode != "copy":
+            request["short_side"] = self.short_side
+        if self.mode == "h264":
+            request["gop"] = self.gop
+        return request
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A clip ready to be stored. path: the file to store, the source itself or a temporary one.
+
+    meta: width, height (upright), frames, duration_s, and trim [start_s, stop_s] for a cut segment.
+    """
+
+    path: Path
+    temporary: bool
+    meta: dict[str, Any]
+
+
+def prepare(clip: Clip, encoding: Encoding, full: bool, scratch: Path) -> Prepared:
+    """Check a clip and make the file to store; new files are named `scratch` plus a suffix.
+
+    full: decode everything instead of the first frame. Raises VideoError with the reason when it cannot be used.
+    """
+    if encoding.mode != "copy":
+        if not clip.is_segment:
+            check_video(clip.video, full=full)
+        path = encode(clip.video, clip.start_s, clip.end_s, encoding, scratch)
+        return Prepared(path, True, _meta(path, False))
+    if not clip.is_segment:
+        return Prepared(clip.video, False, _meta(clip.video, full))
+    cut = cut_segment(clip.video, clip.start_s, clip.end_s, scratch)
+    return Prepared(cut.path, True, _meta(cut.path, full, cut.trim))
+
+
+def _meta(path: Path, full: bool, trim: tuple[float, float] | None = None) -> dict[str, Any]:
+    info = check_video(path, full=full, trim=trim)
+    meta = {
+        "width": info.width,
+        "height": info.height,
+        "frames": info.frames,
+        "duration_s": round(info.duration_s, 6),
+    }
+    return meta if trim is None else {**meta, "trim": [round(time, 9) for time in trim]}
+
+
+def encode(video: Path, start_s: float | None, end_s: float | None, encoding: Encoding, out: Path) -> Path:
+    """Encode a video's frames into `out` plus a suffix, upright, without sound, at their presentation times.
+
+    Frames that do not decode are left out. Raises VideoError when none does.
+    """
+    path = out.with_name(out.name + (".mp4" if encoding.mode == "h264" else ".mov"))
+    container, stream = open_video(video)
+    with container:
+        frames = _increasing(_frames(container, stream, start_s, end_s))
+        first = next(frames, None)
+        if first is None or first.pts is None:
+            raise VideoError(f"no frame decodes ({stream.codec_context.codec.canonical_name})")
+        picture = _Picture(first, encoding)
+        time_base = stream.time_base or Fraction(1, 25)
+        with av.open(f"file:{path}", mode="w", options={"fflags": "+bitexact"}) as target:
+            coder = _coder(target, encoding, picture.upright, time_base, stream.average_rate or Fraction(25))
+            picture.tag(coder.codec_context)
+            for frame in itertools.chain([first], frames):
+                image = picture(frame)
+                image.pts, image.time_base = (frame.pts or 0) - first.pts, time_base
+                target.mux(coder.encode(image))
+            target.mux(coder.encode(None))
+    return path
+
+
+def _coder(
+    target: av.container.OutputContainer,
+    encoding: Encoding,
+    size: tuple[int, int],
+    time_base: Fraction,
+    rate: Fraction,
+) -> av.VideoStream:
+    h264 = encoding.mode == "h264"
+    coder = target.add_stream("libx264" if h264 else "mjpeg", rate=rate, options=_H264_OPTIONS if h264 else {})
+    assert isinstance(coder, av.VideoStream)
+    context = coder.codec_context
+    context.width, context.height = size
+    context.pix_fmt = "yuv420p" if h264 else "yuvj420p"
+    context.time_base = coder.time_base = time_base
+    context.thread_count = 1
+    context.flags |= Flags.bitexact
+    if h264:
+        context.flags |= Flags.closed_gop
+        context.gop_size = encoding.gop
+    else:
+        context.qmin = context.qmax = _JPEG_QUANTIZER
+    return coder
+
+
+def _frames(
+    container: av.container.InputContainer, stream: av.VideoStream, start_s: float | None, end_s: float | None
+) -> Iterator[av.VideoFrame]:
+    """Frames of the whole video or of a segment, in order of presentation."""
+    if start_s is None and end_s is None:
+        yield from _decoded(demux(container, stream), stream)
+        return
+    span = find_span(container, stream, start_s, end_s)
+    packets = segment_packets(container, stream, span)
+    stream.codec_context.flush_buffers()
+    for frame in _decoded(packets, stream):
+        if frame.pts in span:
+            yield frame
+
+
+def _decoded(packets: Iterable[av.Packet], stream: av.VideoStream) -> Iterator[av.VideoFrame]:
+    for packet in itertools.chain(packets, [None]):
+        try:
+            yield from stream.codec_context.decode(packet)
+        except av.FFmpegError:  # a damaged packet costs its own frames only
+            continue
+
+
+def _increasing(frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
+    """Frames that have a time later than the one before; the others cannot be told apart by any reader."""
+    last = None
+    for frame in frames:
+        if frame.pts is not None and (last is None or frame.pts > last):
+            last = frame.pts
+            yield frame
+
+
+class _Picture:
+    """Turns a video's frames into the encoder's pictures: size, 8-bit 4:2:0, upright.
+
+    upright: (width, height) of the pictures. The YUV matrix stays as it was for H.264, which can name it; JPEG
+    means BT.601 and full range.
+    """
+
+    def __init__(self, first: av.VideoFrame, encoding: Encoding) -> None:
+        self._jpeg = encoding.mode == "jpeg"
+        self._turns = quarter_turns(first.rotation)
+        self._size = _stored_size(first.width, first.height, encoding.short_side)
+        self._colour = (first.colorspace, first.color_primaries, first.color_trc)
+        self._reformatter = VideoReformatter()
+        self.upright = self._size if self._turns % 2 == 0 else self._size[::-1]
+
+    def __call__(self, frame: av.VideoFrame) -> av.VideoFrame:
+        image = self._reformatter.reformat(
+            frame,
+            width=self._size[0],
+            height=self._size[1],
+            format="yuvj420p" if self._jpeg else "yuv420p",
+            dst_colorspace=Colorspace.ITU601 if self._jpeg else None,
+            interpolation=Interpolation.BICUBIC,
+            src_color_range=frame.color_range or None,
+            dst_color_range=ColorRange.JPEG if self._jpeg else ColorRange.MPEG,
+            threads=1,
+        )
+        if self._turns:
+            planes = [np.rot90(plane, self._turns).ravel() for plane in _planes(image)]
+            rows = self.upright[1] * 3 // 2
+            pixels = np.concatenate(planes).reshape(rows, self.upright[0])
+            image = av.VideoFrame.from_ndarray(pixels, format=image.format.name)
+        image.pict_type = 0  # the encoder chooses
+        return image
+
+    def tag(self, context: av.VideoCodecContext) -> None:
+        """Name the colours' meaning in the encoded stream."""
+        if self._jpeg:
+            context.color_range = ColorRange.JPEG
+        else:
+            context.color_range = ColorRange.MPEG
+            context.colorspace, context.color_primaries, context.color_trc = self._colour
+
+
+def _planes(image: av.VideoFrame) -> Iterator[np.ndarray]:
+    for plane in image.planes:
+        rows = np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, plane.line_size)
+        yield rows[:, : plane.width]
+
+
+def _stored_size(width: int, height: int, short_side: int) -> tuple[int, int]:
+    """(width, height) with the shorter side at most `short_side`, even, never larger than it was."""
+    scale = min(1.0, short_side / min(width, height))
+    return max(2, int(width * scale) // 2 * 2), max(2, int(height * scale) // 2 * 2)
