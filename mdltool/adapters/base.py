@@ -103,23 +103,37 @@ def attach(
                 f"site '{site.name}'",
                 "choose other sites, or another adapter",
             )
-        inner = net.get_submodule(site.path)
+        holder, name = _holder(net, site.path)
+        inner = getattr(holder, name)
         if isinstance(inner, AdaptedSite):
             raise MdlError(f"site '{site.name}' has an adapter already", "adapters", "name each site once")
-        adapters = {domain: method(site, options) for domain in domains}  # type: ignore[call-arg]
+        adapters = {domain: method(site, options) for domain in domains}
         wrapper = AdaptedSite(inner, site, adapters, route)
         wrapper.shared = method.shared(site, options)
-        net.set_submodule(site.path, wrapper)
+        setattr(holder, name, wrapper)
         wrapped[site.name] = wrapper
     return wrapped
 
 
 def detach(net: nn.Module) -> None:
     """Put every wrapped module of `net` back in its place."""
-    for path, module in list(net.named_modules()):
-        if isinstance(module, Wrapper):
-            library_path = ".".join(part for part in path.split(".") if part != "inner")
-            net.set_submodule(library_path, module.inner)
+    for name, child in net.named_children():
+        while isinstance(child, Wrapper):
+            child = child.inner
+            setattr(net, name, child)
+        detach(child)
+
+
+def _holder(net: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module that holds the one at a library path, and under which name, whatever wraps what lies between."""
+    *parents, last = path.split(".")
+    for part in parents:
+        while isinstance(net, Wrapper):
+            net = net.inner
+        net = getattr(net, part)
+    while isinstance(net, Wrapper):
+        net = net.inner
+    return net, last
 
 
 def library_modules(net: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

@@ -61,9 +61,10 @@ class Backbone(nn.Module, ABC):
         They are read from one dry forward of the configured clip shape on the meta device, never from a table.
         """
         wanted = self.site_paths() | {path: (path, "stage") for path in extra_paths}
-        dry = copy.deepcopy(self).to("meta").eval()
+        dry = copy.deepcopy(self).to("meta").float().eval()
         probes = {}
-        for name, (path, _) in wanted.items():
+        # the deepest first: a path through a module that is replaced already would not be found
+        for name, (path, _) in sorted(wanted.items(), key=lambda item: -item[1][0].count(".")):
             try:
                 inner = dry.net.get_submodule(path)
             except AttributeError:

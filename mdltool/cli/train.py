@@ -24,6 +24,9 @@ def register(app: typer.Typer) -> None:
 def train(
     recipe: options.Recipe,
     data: options.Data = None,
+    domain: Annotated[
+        str | None, typer.Option("--domain", help="The domain that a recipe's only one stands for (tiny_single).")
+    ] = None,
     backbone: Annotated[
         Path | None, typer.Option("--backbone", help="Backbone artifact (default: the latest).")
     ] = None,
@@ -38,9 +41,10 @@ def train(
     from mdltool import console
     from mdltool.artifact import open_artifact, work_dir
     from mdltool.cli.inputs import default_workers, piped_paths, shards_for
-    from mdltool.recipe import load
+    from mdltool.recipe import load, rename_domain
 
     loaded = load(recipe, overrides or ())
+    loaded = rename_domain(loaded, domain) if domain else loaded
     place = work_dir(work)
     piped = [] if data and backbone else [open_artifact(path) for path in piped_paths() or []]
     chosen = open_artifact(backbone, "backbone") if backbone else None

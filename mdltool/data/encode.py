@@ -5,6 +5,7 @@ Encoders run one thread and write no dates or versions: their bytes depend on th
 
 from __future__ import annotations
 
+import heapq
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -24,8 +25,11 @@ from mdltool.data.video import VideoError
 from mdltool.types import Clip
 
 MODES = ("copy", "h264", "jpeg")
-_H264_OPTIONS = {"crf": "20", "preset": "fast"}
+# x264's macroblock tree reads memory that it never wrote: pictures of up to some 80 pixels' width come out other
+# from one run to the next.
+_H264_OPTIONS = {"crf": "20", "preset": "fast", "mbtree": "0"}
 _JPEG_QUANTIZER = 3
+_REORDERED_FRAMES = 8
 
 
 @dataclass(frozen=True)
@@ -98,14 +102,14 @@ def encode(video: Path, start_s: float | None, end_s: float | None, encoding: En
         first = next(frames, None)
         if first is None or first.pts is None:
             raise VideoError(f"no frame decodes ({stream.codec_context.codec.canonical_name})")
-        picture = _Picture(first, encoding)
+        origin, picture = first.pts, _Picture(first, encoding)
         time_base = stream.time_base or Fraction(1, 25)
         with av.open(f"file:{path}", mode="w", options={"fflags": "+bitexact"}) as target:
             coder = _coder(target, encoding, picture.upright, time_base, stream.average_rate or Fraction(25))
             picture.tag(coder.codec_context)
             for frame in itertools.chain([first], frames):
                 image = picture(frame)
-                image.pts, image.time_base = (frame.pts or 0) - first.pts, time_base
+                image.pts, image.time_base = (frame.pts or 0) - origin, time_base
                 target.mux(coder.encode(image))
             target.mux(coder.encode(None))
     return path
@@ -158,13 +162,21 @@ def _decoded(packets: Iterable[av.Packet], stream: av.VideoStream) -> Iterator[a
             continue
 
 
-def _increasing(frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
-    """Frames that have a time later than the one before; the others cannot be told apart by any reader."""
+def _increasing(frames: Iterable[av.VideoFrame]) -> Iterator[av.VideoFrame]:
+    """Frames in the order of their times, each time once, as every reader of the video sees them.
+
+    A decoder that meets damage, or a stream without its headers, gives them out of order.
+    """
+    held: list[tuple[int, int, av.VideoFrame]] = []
     last = None
-    for frame in frames:
-        if frame.pts is not None and (last is None or frame.pts > last):
-            last = frame.pts
-            yield frame
+    for number, frame in enumerate(itertools.chain(frames, itertools.repeat(None, _REORDERED_FRAMES))):
+        if frame is not None and frame.pts is not None:
+            heapq.heappush(held, (frame.pts, number, frame))
+        if held and (frame is None or len(held) > _REORDERED_FRAMES):
+            pts, _, earliest = heapq.heappop(held)
+            if last is None or pts > last:
+                last = pts
+                yield earliest
 
 
 class _Picture:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,42 +20,41 @@ _META = "json"
 
 
 class ShardIndex:
-    """The clips of a shards artifact. Picklable; opens files when it reads.
+    """The clips of a shards artifact, in the order of their shards. Picklable; opens files when it reads.
 
-    domain, split, task: str. classes: names in label order. keys: [M]. labels, shard_of: int64 [M].
+    domain, split, task: str. classes: names in label order. files: the shards' names. keys: [M]. labels, shard_of
+    (position in files), offsets, sizes (bytes, tar headers included): int64 [M]. digest: the artifact's.
     """
 
-    def __init__(self, folder: Path, digest: str, content: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, digest: str, content: dict[str, Any]) -> None:
         self.folder = folder
         self.digest = digest
-        self.domain: str = content["domain"]
-        self.split: str = content["split"]
-        self.task: str = content["task"]
-        self.classes: tuple[str, ...] = tuple(content["classes"])
-        self.files: list[str] = [shard["file"] for shard in content["shards"]]
-        members = [(i, member) for i, shard in enumerate(content["shards"]) for member in shard["members"]]
-        self.keys: list[str] = [member["key"] for _, member in members]
-        self.labels = np.array([member["label"] for _, member in members], dtype=np.int64)
+        self.domain = _typed(content, "domain", str)
+        self.split = _typed(content, "split", str)
+        self.task = _typed(content, "task", str)
+        self.classes = tuple(str(name) for name in _typed(content, "classes", list))
+        shards = _typed(content, "shards", list)
+        self.files = [_typed(shard, "file", str) for shard in shards]
+        members = [(i, member) for i, shard in enumerate(shards) for member in _typed(shard, "members", list)]
+        self.keys = [_typed(member, "key", str) for _, member in members]
         self.shard_of = np.array([i for i, _ in members], dtype=np.int64)
-        self.offsets = np.array([member["offset"] for _, member in members], dtype=np.int64)
-        self.sizes = np.array([member["size"] for _, member in members], dtype=np.int64)
+        self.labels, self.offsets, self.sizes = (
+            np.array([_typed(member, name, int) for _, member in members], dtype=np.int64)
+            for name in ("label", "offset", "size")
+        )
 
     @classmethod
     def open(cls, artifact: Artifact) -> ShardIndex:
         """Read and check an artifact's index. Raises MdlError when it does not describe the files beside it."""
         if artifact.kind != "shards":
             raise MdlError(f"this is a {artifact.kind} artifact, not shards", artifact.path, "give shards")
-        content = artifact.load_json("index.json")
         try:
-            index = cls(artifact.path, artifact.digest, content)
-        except (KeyError, TypeError, ValueError) as error:
-            raise _damaged(artifact.path, f"index.json lacks or garbles {error}") from None
+            index = cls(artifact.path, artifact.digest, artifact.load_json("index.json"))
+        except (KeyError, TypeError, OverflowError) as error:
+            raise _damaged(artifact.path, f"index.json: {error.args[0]}") from None
         for number, file in enumerate(index.files):
-            size = artifact.file(file).stat().st_size
             own = index.shard_of == number
-            ends = index.offsets[own] + index.sizes[own]
-            if own.any() and (ends.max() > size or index.offsets[own].min() < 0 or index.sizes[own].min() <= 0):
-                raise _damaged(artifact.path, f"index.json points outside {file}")
+            index._check_range(index.offsets[own], index.sizes[own], artifact.file(file))
         if len(index) and not (index.labels.min() >= 0 and index.labels.max() < len(index.classes)):
             raise _damaged(artifact.path, "a label is outside the class list")
         if len(set(index.keys)) != len(index.keys):
@@ -74,9 +72,9 @@ class ShardIndex:
         try:
             with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
                 for member in tar:
-                    stem, _, extension = member.name.rpartition(".")
-                    handle = tar.extractfile(member)
-                    if stem != self.keys[i] or handle is None:
+                    extension = member.name.removeprefix(f"{self.keys[i]}.")
+                    handle = tar.extractfile(member) if member.isfile() else None
+                    if extension == member.name or handle is None:
                         raise _damaged(path, f"'{member.name}' lies where the clip '{self.keys[i]}' should")
                     members[extension] = handle.read()
         except tarfile.TarError as error:
@@ -91,16 +89,35 @@ class ShardIndex:
             (video,) = members.values()
         except (KeyError, ValueError):
             raise _damaged(self.folder, f"the clip '{self.keys[i]}' is not one video and one JSON") from None
-        if metadata.get("key") != self.keys[i]:
-            raise _damaged(self.folder, f"the metadata of '{self.keys[i]}' belongs to '{metadata.get('key')}'")
+        if not isinstance(metadata, dict) or metadata.get("key") != self.keys[i]:
+            raise _damaged(self.folder, f"the metadata of '{self.keys[i]}' belongs to another clip")
         return metadata, video
+
+    @staticmethod
+    def _check_range(offsets: np.ndarray, sizes: np.ndarray, path: Path) -> None:
+        # Compared without adding, which could overflow for the numbers of a hostile index.
+        length = path.stat().st_size
+        if ((offsets < 0) | (offsets > length) | (sizes <= 0) | (sizes > length - offsets)).any():
+            raise _damaged(path, "index.json points outside this file")
+
+
+def _typed(entry: Any, name: str, kind: type) -> Any:
+    """entry[name]. Raises KeyError or TypeError where it is missing or of another type."""
+    if not isinstance(entry, dict) or name not in entry:
+        raise KeyError(f"'{name}' is missing")
+    if type(entry[name]) is not kind:
+        raise TypeError(f"'{name}' is {entry[name]!r:.40}, not {kind.__name__}")
+    return entry[name]
 
 
 def _read_range(path: Path, offset: int, size: int) -> bytes:
     """Bytes of a shard. Remote shards come here too, once they do."""
-    with open(path, "rb", buffering=0) as handle:
-        handle.seek(offset)
-        data = handle.read(size)
+    try:
+        with open(path, "rb") as handle:
+            handle.seek(offset)
+            data = handle.read(size)
+    except OSError as error:
+        raise MdlError(f"a shard cannot be read ({error.strerror})", path, "check the disk and the path") from None
     if len(data) != size:
         raise _damaged(path, "the file ends too early")
     return data

@@ -1,15 +1,18 @@
 """From shards to batches, at exact positions (design, section 7; spec omi_mdl 5.1, 6.1, 6.3, 6.5).
 
-A domain is an endless stream: one permutation of its clips after the other. The position in the stream decides the
-clip and its augmentation, and the update decides the positions, so any number of workers and processes gives the
-same batches, and a run that starts at update u gets what it would have got anyway.
+A domain is an endless stream: one permutation of its clips after the other. The position in the stream decides
+the clip and its augmentation, and the update decides the positions, so any number of workers and processes gives
+the same batches, and a run that starts at update u gets what it would have got.
 """
 
 from __future__ import annotations
 
+import functools
 import signal
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,15 +28,28 @@ from mdltool.errors import MdlError
 from mdltool.evaluate.views import Views, ViewSpec, load_views
 from mdltool.types import Batch
 
+DOMAIN_ORDERS = ("sequential", "shuffled", "random")
 _WINDOW_SHARDS = 8
+# What a random number is for; with the seed, the domain and a position it decides the number.
+_ORDER, _START, _AUGMENT, _DOMAINS = range(4)
 
 
 @dataclass(frozen=True)
 class Stream:
-    """One domain's shards and how many clips an update takes of them, over all processes."""
+    """One domain's shards and how many clips a batch takes of them, over all processes."""
 
     index: ShardIndex
     batch: int
+
+
+@dataclass(frozen=True)
+class ClipViews:
+    """All views of one clip; views is None and error says why where it cannot be decoded."""
+
+    key: str
+    label: int
+    views: Views | None
+    error: str | None
 
 
 def epoch_order(index: ShardIndex, seed: int, epoch: int, window: int = _WINDOW_SHARDS) -> np.ndarray:
@@ -41,14 +57,101 @@ def epoch_order(index: ShardIndex, seed: int, epoch: int, window: int = _WINDOW_
 
     A pure function of its arguments. Windows keep reads near each other on disks that care.
     """
-    rng = np.random.default_rng([seed, _name_seed(index.domain), epoch])
-    rank_of_shard = np.argsort(rng.permutation(len(index.files)))
-    window_of_clip = rank_of_shard[index.shard_of] // window
+    rng = _rng(seed, index.domain, _ORDER, epoch)
+    place_of_shard = np.argsort(rng.permutation(len(index.files)))
+    window_of_clip = place_of_shard[index.shard_of] // window
     return np.lexsort((rng.permutation(len(index)), window_of_clip))
 
 
-def _name_seed(name: str) -> int:
-    return int.from_bytes(name.encode(), "little") % (2**63)
+def trim_of(metadata: dict[str, Any]) -> tuple[float, float] | None:
+    """The `trim` of a clip's metadata: [start, stop) in seconds, or None."""
+    trim = metadata.get("trim")
+    return (float(trim[0]), float(trim[1])) if trim else None
+
+
+class TrainLoader:
+    """Batches of all domains, one after the other within each round, from `start_update` to before `updates`.
+
+    Update u of a domain takes positions [u B R, (u + 1) B R) of its stream (B its batch, R rounds_per_update), and
+    process `rank` of `world` takes every world-th of each batch. domain_order: `sequential` as given, `shuffled`
+    anew for every round, `random` draws each domain of a round with replacement; the same on every process.
+    A clip that cannot be decoded gives way to the next of its permutation, and Batch.skipped says so.
+
+    Raises MdlError for shards without clips, a batch smaller than `world`, and, while iterating, for shards that
+    are damaged or hold no clip that decodes.
+    """
+
+    def __init__(
+        self,
+        streams: Sequence[Stream],
+        *,
+        sampling: Sampling,
+        transform: TrainTransform,
+        seed: int,
+        workers: int,
+        updates: int,
+        start_update: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        domain_order: str = "sequential",
+        rounds_per_update: int = 1,
+    ) -> None:
+        self.streams = list(streams)
+        for stream in self.streams:
+            _check_stream(stream, world)
+        if domain_order not in DOMAIN_ORDERS:
+            raise MdlError(
+                f"domain_order: '{domain_order}' is unknown", None, f"one of: {', '.join(DOMAIN_ORDERS)}"
+            )
+        self.batches = _Batches([_StreamReader(s.index, seed, sampling, transform) for s in self.streams])
+        self.seed = seed
+        self.updates = range(start_update, updates)
+        self.rounds = rounds_per_update
+        self.rank, self.world = rank, world
+        self.domain_order = domain_order
+        self.workers = _usable(workers, len(self.updates) * self.rounds * len(self.streams), "batches")
+
+    def __iter__(self) -> Iterator[Batch]:
+        return _loaded(self.batches, self._requests(), self.workers)
+
+    def _requests(self) -> Iterator[tuple[int, list[int]]]:
+        """(stream number, stream positions of this process) of every batch to come."""
+        taken = self._taken_before(self.updates.start)
+        for update in self.updates:
+            for number in self._order(update):
+                first = taken[number] * self.streams[number].batch
+                taken[number] += 1
+                last = first + self.streams[number].batch
+                yield number, list(range(first + self.rank, last, self.world))
+
+    def _taken_before(self, update: int) -> list[int]:
+        """Batches that each stream has given before an update."""
+        if self.domain_order != "random":
+            return [update * self.rounds] * len(self.streams)
+        drawn = [number for earlier in range(update) for number in self._order(earlier)]
+        return np.bincount(np.array(drawn, dtype=np.int64), minlength=len(self.streams)).tolist()
+
+    def _order(self, update: int) -> list[int]:
+        """Stream numbers of an update's batches, round after round."""
+        count = len(self.streams)
+        if self.domain_order == "sequential":
+            return list(range(count)) * self.rounds
+        rng = _rng(self.seed, "", _DOMAINS, update)
+        if self.domain_order == "shuffled":
+            return [number for _ in range(self.rounds) for number in rng.permutation(count).tolist()]
+        return rng.integers(0, count, count * self.rounds).tolist()
+
+
+class ViewLoader:
+    """ClipViews of every clip of a split exactly once over all processes, in the index's order."""
+
+    def __init__(self, index: ShardIndex, spec: ViewSpec, *, workers: int, rank: int = 0, world: int = 1) -> None:
+        self.clips = list(range(rank, len(index), world))
+        self.views = _ClipViewsOf(index, spec)
+        self.workers = _usable(workers, len(self.clips), "clips")
+
+    def __iter__(self) -> Iterator[ClipViews]:
+        return _loaded(self.views, self.clips, self.workers)
 
 
 class _StreamReader:
@@ -59,65 +162,53 @@ class _StreamReader:
         self.seed = seed
         self.sampling = sampling
         self.transform = transform
-        self._order: tuple[int, np.ndarray] | None = None
-
-    def clip_at(self, position: int) -> int:
-        epoch, offset = divmod(position, len(self.index))
-        if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, epoch_order(self.index, self.seed, epoch))
-        return int(self._order[1][offset])
+        self._orders: dict[int, np.ndarray] = {}
 
     def load(self, position: int) -> tuple[torch.Tensor, int, list[tuple[str, str]]]:
-        """(uint8 [C, T, H, W], clip, skipped): a clip that cannot be decoded gives way to the next of its epoch."""
-        rng = np.random.default_rng([self.seed, _name_seed(self.index.domain), 1, position])
+        """(uint8 [C, T, H, W], clip, skipped) at a position; skipped: (key, reason) of clips that do not decode."""
         epoch, offset = divmod(position, len(self.index))
+        order = self._order(epoch)
         skipped: list[tuple[str, str]] = []
-        for step in range(len(self.index)):
-            clip = self.clip_at(epoch * len(self.index) + (offset + step) % len(self.index))
+        for step in range(len(order)):
+            clip = int(order[(offset + step) % len(order)])
             try:
-                return self._decode(clip, rng), clip, skipped
+                return self._decode(clip, position), clip, skipped
             except VideoError as error:
                 skipped.append((self.index.keys[clip], error.reason))
         raise MdlError(
-            f"no clip of {self.index.domain} can be decoded ({skipped[0][1]})",
+            f"no clip of {self.index.domain} can be decoded ({skipped[0][0]}: {skipped[0][1]})",
             self.index.folder,
-            "mdltool shard --verify decode",
+            "shard again with --verify decode",
         )
 
-    def _decode(self, clip: int, rng: np.random.Generator) -> torch.Tensor:
+    def _order(self, epoch: int) -> np.ndarray:
+        if epoch not in self._orders:
+            if len(self._orders) == 2:  # a batch may span two permutations
+                self._orders.clear()
+            self._orders[epoch] = epoch_order(self.index, self.seed, epoch)
+        return self._orders[epoch]
+
+    def _decode(self, clip: int, position: int) -> torch.Tensor:
         metadata, video = self.index.clip(clip)
-        fraction = rng.random()
-        picked: list[np.ndarray] = []
+        picked = np.empty(0, np.int64)
 
         def choose(timeline: Timeline) -> Sequence[int]:
-            start = random_start(timeline.duration_s, self.sampling.clip_seconds, _Fixed(fraction))
-            picked[:] = [clip_indices(timeline, start, self.sampling)]
-            return picked[0].tolist()
+            nonlocal picked
+            # A generator of its own: a damaged video asks twice, and gets the same draw.
+            rng = _rng(self.seed, self.index.domain, _START, position)
+            start_s = random_start(timeline.duration_s, self.sampling.clip_seconds, rng)
+            picked = clip_indices(timeline, start_s, self.sampling)
+            return picked.tolist()
 
         decoded = decode(video, choose, trim=trim_of(metadata))
-        frames_TCHW = decoded.frames[torch.from_numpy(decoded.rows(picked[0]))]
-        return self.transform(frames_TCHW, rng)
+        clip_CTHW = self.transform(decoded.frames, _rng(self.seed, self.index.domain, _AUGMENT, position))
+        if len(picked) == len(decoded.indices):
+            return clip_CTHW
+        return clip_CTHW[:, torch.from_numpy(decoded.rows(picked))]
 
 
-class _Fixed(np.random.Generator):
-    """A generator whose next number is known: `choose` may be asked twice for a damaged video."""
-
-    def __init__(self, value: float) -> None:
-        super().__init__(np.random.PCG64(0))
-        self._value = value
-
-    def random(self, *_: object) -> float:  # type: ignore[override]
-        return self._value
-
-
-def trim_of(metadata: dict) -> tuple[float, float] | None:
-    """The `trim` of a clip's metadata: [start, stop) in seconds, or None."""
-    trim = metadata.get("trim")
-    return (float(trim[0]), float(trim[1])) if trim else None
-
-
-class _Batches(Dataset):
-    """(domain number, positions) -> Batch."""
+class _Batches(Dataset[Batch]):
+    """(stream number, positions) -> Batch."""
 
     def __init__(self, readers: Sequence[_StreamReader]) -> None:
         self.readers = readers
@@ -137,89 +228,9 @@ class _Batches(Dataset):
         )
 
 
-class TrainLoader:
-    """Batches of all domains, one after the other within each update, from `start_update` to `updates`.
+class _ClipViewsOf(Dataset[ClipViews]):
+    """Clip number -> ClipViews."""
 
-    Update u of a domain takes positions [u * B, (u + 1) * B) of its stream (B: its batch times rounds); process
-    `rank` of `world` takes every world-th of each batch. domain_order: `sequential` as given, `shuffled` anew for
-    every round, `random` draws each domain of a round with replacement. The same order on every process.
-    """
-
-    def __init__(
-        self,
-        streams: Sequence[Stream],
-        *,
-        sampling: Sampling,
-        transform: TrainTransform,
-        seed: int,
-        workers: int,
-        updates: int,
-        start_update: int = 0,
-        rank: int = 0,
-        world: int = 1,
-        domain_order: str = "sequential",
-        rounds_per_update: int = 1,
-    ) -> None:
-        self.streams = list(streams)
-        self.readers = [_StreamReader(s.index, seed, sampling, transform) for s in self.streams]
-        for stream in self.streams:
-            if len(stream.index) == 0:
-                raise MdlError(
-                    f"the shards of {stream.index.domain} hold no clips", stream.index.folder, "shard again"
-                )
-        self.seed = seed
-        self.workers = _usable(workers, (updates - start_update) * len(self.streams))
-        self.updates = range(start_update, updates)
-        self.rank, self.world = rank, world
-        self.domain_order = domain_order
-        self.rounds = rounds_per_update
-
-    def requests(self) -> Iterator[tuple[int, list[int]]]:
-        """(domain number, stream positions of this process) of every batch to come."""
-        taken = self._taken_before(self.updates.start)
-        for update in self.updates:
-            for round_ in range(self.rounds):
-                for number in self._order(update, round_):
-                    batch = self.streams[number].batch
-                    first = taken[number] * batch
-                    taken[number] += 1
-                    yield number, list(range(first + self.rank, first + batch, self.world))
-
-    def _taken_before(self, update: int) -> list[int]:
-        """Batches that each domain has given before an update."""
-        if self.domain_order != "random":
-            return [update * self.rounds] * len(self.streams)
-        taken = [0] * len(self.streams)
-        for earlier in range(update):
-            for round_ in range(self.rounds):
-                for number in self._order(earlier, round_):
-                    taken[number] += 1
-        return taken
-
-    def _order(self, update: int, round_: int) -> list[int]:
-        if self.domain_order == "sequential":
-            return list(range(len(self.streams)))
-        rng = np.random.default_rng([self.seed, 2, update, round_])
-        if self.domain_order == "shuffled":
-            return rng.permutation(len(self.streams)).tolist()
-        return rng.integers(0, len(self.streams), len(self.streams)).tolist()
-
-    def __iter__(self) -> Iterator[Batch]:
-        # batch_size None: each request is a whole batch, made in one worker.
-        return iter(_data_loader(_Batches(self.readers), self.requests(), self.workers))
-
-
-@dataclass(frozen=True)
-class ClipViews:
-    """All views of one clip; views is None and error says why where it cannot be decoded."""
-
-    key: str
-    label: int
-    views: Views | None
-    error: str | None
-
-
-class _ClipViewsOf(Dataset):
     def __init__(self, index: ShardIndex, spec: ViewSpec) -> None:
         self.index = index
         self.spec = spec
@@ -228,55 +239,43 @@ class _ClipViewsOf(Dataset):
         key, label = self.index.keys[clip], int(self.index.labels[clip])
         metadata, video = self.index.clip(clip)
         try:
-            views = load_views(video, self.spec, trim=trim_of(metadata), key=key)
+            return ClipViews(key, label, load_views(video, self.spec, trim=trim_of(metadata), key=key), None)
         except VideoError as error:
             return ClipViews(key, label, None, error.reason)
-        return ClipViews(key, label, views, None)
 
 
-class ViewLoader:
-    """Every clip of the split exactly once over all processes, in the index's order, with all its views."""
+class _Answers(Dataset[Any]):
+    """Another data set, whose MdlError comes as a value: DataLoader would replace it by its traceback's text."""
 
-    def __init__(self, index: ShardIndex, spec: ViewSpec, *, workers: int, rank: int = 0, world: int = 1) -> None:
-        self.dataset = _ClipViewsOf(index, spec)
-        self.clips = range(rank, len(index), world)
-        self.workers = _usable(workers, len(self.clips))
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset = dataset
 
-    def __iter__(self) -> Iterator[ClipViews]:
-        return iter(_data_loader(self.dataset, iter(self.clips), self.workers))
-
-
-def _usable(workers: int, work: int) -> int:
-    if workers > max(work, 1):
-        console.say(f"{workers - work} of {workers} workers have nothing to read and idle")
-        return max(work, 0)
-    return workers
+    def __getitem__(self, request: Any) -> Any:
+        try:
+            return self.dataset[request]
+        except MdlError as error:
+            return error
 
 
-def _data_loader(dataset: Dataset, requests: Iterator, workers: int) -> DataLoader:
-    return DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=_Requests(requests),
+def _loaded(dataset: Dataset[Any], requests: Iterable[Any], workers: int) -> Iterator[Any]:
+    loader = DataLoader(
+        _Answers(dataset),
+        batch_size=None,  # each request is a whole item, made in one worker
+        sampler=requests,
         num_workers=workers,
         worker_init_fn=_start_worker if workers else None,
-        collate_fn=_as_it_is,
+        collate_fn=_unchanged,
         prefetch_factor=2 if workers else None,
+        generator=torch.Generator(),  # else iterating draws from the global one, which training has to keep exact
     )
+    for item in loader:
+        if isinstance(item, MdlError):
+            raise item
+        yield item
 
 
-class _Requests:
-    """What DataLoader calls a sampler: anything to iterate over."""
-
-    def __init__(self, requests: Iterator) -> None:
-        self.requests = requests
-
-    def __iter__(self) -> Iterator:
-        return self.requests
-
-
-def _as_it_is(value: object) -> object:
-    return value
+def _unchanged(item: Any) -> Any:
+    return item
 
 
 def _start_worker(_: int) -> None:
@@ -284,3 +283,32 @@ def _start_worker(_: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
+
+
+def _check_stream(stream: Stream, world: int) -> None:
+    index = stream.index
+    if len(index) == 0:
+        raise MdlError(f"the shards of {index.domain} hold no clips", index.folder, "shard again")
+    if stream.batch < world:
+        raise MdlError(
+            f"a batch of {stream.batch} clips of {index.domain} cannot be shared by {world} processes",
+            index.domain,
+            "raise the batch or start fewer processes",
+        )
+
+
+def _usable(workers: int, work: int, unit: str) -> int:
+    """Workers that get something to do; the rest is not started."""
+    if workers > work:
+        _announce_idle(workers - work, workers, work, unit)
+    return min(workers, work)
+
+
+@functools.cache
+def _announce_idle(idle: int, workers: int, work: int, unit: str) -> None:
+    # Cached: once for a number of workers, not at every validation.
+    console.say(f"{idle} of {workers} workers have nothing to read ({work} {unit}) and idle")
+
+
+def _rng(seed: int, domain: str, purpose: int, position: int) -> np.random.Generator:
+    return np.random.default_rng([seed, zlib.crc32(domain.encode()), purpose, position])

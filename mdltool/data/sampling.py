@@ -1,4 +1,4 @@
-"""Which frames a clip consists of: pure functions of a timeline (Omi et al., section 4.1; spec omi_mdl 5.1, 5.3, 6)."""
+"""Which frames a clip consists of: pure functions of a timeline (Omi et al., 4.1; spec omi_mdl 5.1, 5.3)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ STARTS = ("spaced_exclusive", "spaced_inclusive", "random", "centre")
 class Sampling:
     """num_frames spread over an interval of clip_seconds.
 
-    index: what is spread evenly, `count` frame numbers or `time` presentation times; they differ where the frame rate
-    varies. short: what a video shorter than the interval does: `stretch` spreads the frames it has, `repeat_last`
-    keeps the nominal spacing and holds the last frame, `loop` keeps it and starts again.
+    index: what is spread evenly, `count` frame numbers or `time` presentation times; they differ where the frame
+    rate varies. short: what a video shorter than the interval does: `stretch` spreads the frames it has,
+    `repeat_last` keeps the nominal spacing and holds the last frame, `loop` keeps it and starts again.
     Raises MdlError for values outside these.
     """
 
@@ -75,8 +75,8 @@ def view_starts(
 ) -> list[float]:
     """Starts in seconds of `count` intervals; with room = max(duration - clip_seconds, 0), for i = 0 .. count - 1:
 
-    spaced_exclusive: i room / count. spaced_inclusive: i room / (count - 1). centre: (i + 1/2) room / count, for one
-    interval the middle of the video. random: one uniform draw from rng each. Raises MdlError for another mode.
+    spaced_exclusive: i room / count. spaced_inclusive: i room / (count - 1). centre: (i + 1/2) room / count, for
+    one interval the middle of the video. random: one uniform draw from rng each. Raises MdlError for another mode.
     """
     _one_of("starts", mode, STARTS)
     room = max(duration_s - clip_seconds, 0.0)

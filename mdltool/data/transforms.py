@@ -1,7 +1,7 @@
 """From decoded frames to crops: one draw per clip in training, fixed crops in testing (spec omi_mdl 5.1, 5.3).
 
-Shape suffixes: C channels, T frames of a clip, U distinct frames, H height, W width. Frames stay uint8, 0..255, until
-they are on the device.
+Shape suffixes: C channels, T frames of a clip, U distinct frames, H height, W width. Frames stay uint8, 0..255,
+until they are on the device.
 """
 
 from __future__ import annotations

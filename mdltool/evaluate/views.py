@@ -48,7 +48,7 @@ class ViewSpec:
 
 @dataclass(frozen=True)
 class Views:
-    """frames: uint8 [T * S, 3, F, crop, crop], temporal-major. distinct: views that differ. backend: the decoder."""
+    """frames: uint8 [T * S, 3, F, crop, crop], temporal-major. distinct: views that differ. backend: decoder."""
 
     frames: Tensor
     distinct: int
@@ -88,7 +88,8 @@ def load_views(
         return np.concatenate(picked).tolist()
 
     decoded = decode(video, choose, trim=trim, threads=threads, stats=stats)
-    size = scaled(*decoded.frames.shape[-2:], spec.short_side)
+    height, width = decoded.frames.shape[-2:]
+    size = scaled(height, width, spec.short_side)
     corners = crop_corners(*size, spec.crop, spec.spatial, spec.axis, spec.rounding)
     frames = _cut(decoded.frames, decoded.rows(np.stack(picked)), size, spec.short_side, corners, spec.crop)
     distinct = len({indices.tobytes() for indices in picked}) * len(set(corners))

@@ -1,0 +1,173 @@
+"""mdltool demo: every stage on generated videos, by the commands that a user would type."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mdltool.cli import options
+from mdltool.errors import MdlError
+
+if TYPE_CHECKING:
+    from mdltool.artifact import Artifact
+
+DOMAINS = ("chalk", "neon", "field")
+CLIPS_PER_CLASS = 24
+
+
+def register(app: typer.Typer) -> None:
+    app.command("demo", epilog="Example: mdltool demo --out demo --baselines")(demo)
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Directory for the videos and artifacts.")] = Path("demo"),
+    baselines: Annotated[
+        bool,
+        typer.Option(
+            "--baselines", help="Also a multi-head model, a model per domain, and one that sees no order."
+        ),
+    ] = False,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the videos and of every training run.")] = 0,
+    as_json: options.Json = False,
+) -> None:
+    """Three generated domains through every stage, ending with a table and a report. No network, no GPU."""
+    from mdltool import console
+    from mdltool.artifact import open_artifact
+
+    started = time.monotonic()
+    run = _Runner(out, seed)
+    run.prepare()
+    models = {"adapters": run.model("tiny_demo")}
+    evals = {"adapters": run.evaluate("tiny_demo")}
+    if baselines:
+        for label, recipe in (("multi-head", "tiny_multihead"), ("per-frame", "tiny_perframe")):
+            models[label] = run.model(recipe)
+            evals[label] = run.evaluate(recipe)
+        for domain in DOMAINS:
+            models[f"separate: {domain}"] = run.model("tiny_single", domain)
+            evals[f"separate: {domain}"] = run.evaluate("tiny_single", domain)
+    report = run.report([*evals.values()])
+    found = _summary(
+        {label: open_artifact(path) for label, path in models.items()},
+        {label: open_artifact(path) for label, path in evals.items()},
+    )
+    found |= {"report": str(report / "report.html"), "seconds": round(time.monotonic() - started, 1)}
+    _show(found)
+    if as_json:
+        console.result_json(found)
+    else:
+        console.result(found["report"])
+
+
+class _Runner:
+    """Types the commands: each is shown and then run in this process."""
+
+    def __init__(self, out: Path, seed: int) -> None:
+        self.out = out
+        self.seed = seed
+        self.work = out / "artifacts"
+
+    def prepare(self) -> None:
+        """Videos, shards and a pretrained backbone."""
+        videos = self.out / "videos"
+        clips = str(CLIPS_PER_CLASS)
+        self._run(
+            "synth", "--out", videos, "--domains", ",".join(DOMAINS), "--clips-per-class", clips, *self._seed()
+        )
+        for domain in DOMAINS:
+            for split in ("train", "val"):
+                place = ("--domain", domain, "--split", split, "--work", self.work)
+                self._run("shard", videos / domain / split, "--format", "folder", *place)
+        data = f"{DOMAINS[0]}={self.work / 'shards' / f'{DOMAINS[0]}-train'}"
+        self._run("backbone", "pretrain", "--data", data, *self._train_seed(), "--work", self.work)
+
+    def model(self, recipe: str, domain: str | None = None) -> Path:
+        """Train a recipe, of one domain where the recipe stands for any; the model's path."""
+        target = self.work / "model" / _name(recipe, domain)
+        only = ("--domain", domain) if domain else ()
+        self._run("train", "--recipe", recipe, *only, *self._train_seed(), "--work", self.work, "--out", target)
+        return target
+
+    def evaluate(self, recipe: str, domain: str | None = None) -> Path:
+        """Evaluate that model over 10x3 views; the eval's path."""
+        name = _name(recipe, domain)
+        target = self.work / "eval" / name
+        model = self.work / "model" / name
+        self._run("eval", model, "--views", "10x3", "--work", self.work, "--out", target)
+        return target
+
+    def report(self, evals: list[Path]) -> Path:
+        """The report over all evals; its artifact's path."""
+        target = self.work / "report" / "demo"
+        self._run("report", *evals, "--work", self.work, "--out", target)
+        return target
+
+    def _seed(self) -> tuple[str, ...]:
+        return ("--seed", str(self.seed))
+
+    def _train_seed(self) -> tuple[str, ...]:
+        return ("--set", f"train.seed={self.seed}") if self.seed else ()
+
+    def _run(self, *words: object) -> None:
+        import contextlib
+        import io
+
+        from mdltool import console
+        from mdltool.cli.main import app
+
+        command = [str(word) for word in words]
+        console.say(f"$ mdltool {shlex.join(command)}")
+        # each command prints its artifact's path; the demo's own stdout is the report's path alone
+        with contextlib.redirect_stdout(io.StringIO()):
+            code = app(command, standalone_mode=False)
+        if code:
+            raise MdlError(
+                f"the command ended with {code}", f"mdltool {shlex.join(command)}", "see its message above"
+            )
+
+
+def _name(recipe: str, domain: str | None) -> str:
+    return f"{recipe}-{domain}" if domain else recipe
+
+
+def _summary(models: dict[str, Artifact], evals: dict[str, Artifact]) -> dict[str, Any]:
+    """Accuracy per domain, over appearance classes and over reversed pairs, and parameters."""
+    from mdltool.data.synth import REVERSED
+
+    rows = {}
+    for label, artifact in evals.items():
+        metrics = artifact.load_json("metrics.json")
+        kinds: dict[str, list[tuple[float, int]]] = {"appearance": [], "reversed": []}
+        for entry in metrics["domains"].values():
+            for name, value in entry["per_class"].items():
+                kind = "reversed" if name in REVERSED else "appearance"
+                kinds[kind].append((value["accuracy"] * value["clips"], value["clips"]))
+        rows[label] = {
+            "top1": {domain: entry["metrics"]["top1"] for domain, entry in metrics["domains"].items()},
+            **{kind: sum(v for v, _ in found) / sum(n for _, n in found) for kind, found in kinds.items()},
+            "parameters": models[label].summary["parameters"]["total"],
+        }
+    return {"models": rows}
+
+
+def _show(found: dict[str, Any]) -> None:
+    from mdltool import console
+
+    models = found["models"]
+    rows: list[tuple[Any, ...]] = []
+    for label, row in models.items():
+        cells = [f"{100 * row['top1'][d]:.1f}" if d in row["top1"] else "" for d in DOMAINS]
+        rows.append(
+            (label, *cells, f"{100 * row['appearance']:.1f}", f"{100 * row['reversed']:.1f}", row["parameters"])
+        )
+    separate = [row for label, row in models.items() if label.startswith("separate")]
+    if separate:
+        cells = [f"{100 * value:.1f}" for row in separate for value in row["top1"].values()]
+        rows.append(("separate, together", *cells, "", "", sum(row["parameters"] for row in separate)))
+    columns = ("model", *DOMAINS, "appearance classes", "reversed pairs", "parameters")
+    console.table("Top-1 in percent over 10x3 views", columns, [(*r[:-1], f"{r[-1]:,}") for r in rows])
+    console.say(f"{found['seconds']:.0f} s in all. The report:")
