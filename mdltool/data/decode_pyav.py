@@ -52,7 +52,9 @@ class PyavReader:
             self._context.thread_type = "AUTO" if threads != 1 else "SLICE"
             self._time_base = self._stream.time_base or Fraction(1)
             self._packets: list[av.Packet] | None = []
-            self._untimed_step = self._untimed_frames = 0
+            # AVI stores no presentation times, and what FFmpeg guesses swaps frames around B-frames: there, and where
+            # packets carry no times at all, the k-th frame that comes out is the k-th of the timeline.
+            self._in_order = self._container.format.name == "avi"
             self._pts, self._keys, self.step_s = self._scan()
         except BaseException:
             self.close()
@@ -80,10 +82,13 @@ class PyavReader:
 
     def rebuild(self) -> None:
         """Decode everything and keep the times of the frames that come out. Raises VideoError when none does."""
-        decoded = {frame.pts for frame in self._decode(0, None) if frame.pts is not None}
-        if not decoded:
+        times = [frame.dts if self._in_order else frame.pts for frame in self._decode(0, None)]
+        decoded = np.unique(np.array([time for time in times if time is not None], np.int64))
+        if not times:
             raise VideoError(f"none of its {len(self._pts)} frames decodes ({self.codec})")
-        self._pts = np.array(sorted(decoded), dtype=np.int64)
+        if self._in_order and len(decoded) != len(times):
+            decoded = self._pts[: len(times)]
+        self._pts = decoded
         self._keys = self._keys[:1]  # what stands between does not decode as it claims: read from the start
 
     def first_frame(self, index: int = 0) -> av.VideoFrame:
@@ -100,7 +105,8 @@ class PyavReader:
 
     def _scan(self) -> tuple[np.ndarray, np.ndarray, float]:
         """Times of the frames, (pts, packet number) of the keyframes in packet order, and a frame's duration."""
-        pts, keys, kept, step, pictures = [], [], 0, 0, 0
+        pts: list[int | None] = []
+        keys, kept, step = [], 0, 0
         for number, packet in enumerate(self._demux()):
             kept += packet.size
             if self._packets is not None:
@@ -109,28 +115,22 @@ class PyavReader:
                 self._packets = None
             if packet.size <= 1:  # DivX's placeholder for the delay of its B-frames
                 continue
-            pictures += 1
             shown = packet.pts if packet.pts is not None else packet.dts
-            if shown is None:
-                continue
-            if packet.is_keyframe:
+            if packet.is_keyframe and shown is not None:
                 keys.append((shown, number))
             if not packet.is_discard:
                 pts.append(shown)
                 step = packet.duration or step
-        if not step and self._stream.average_rate:
-            step = round(1 / self._stream.average_rate / self._time_base)
-        if pictures and not pts:  # a bare stream of pictures without times: a constant rate
-            self._untimed_step = step = max(step, 1)
-            pts = [step * k for k in range(pictures)]
         if not pts:
             raise VideoError("the video stream holds no frames")
+        if not step and self._stream.average_rate:
+            step = round(1 / self._stream.average_rate / self._time_base)
+        if all(time is None for time in pts):  # a bare stream of pictures: at a constant rate
+            self._in_order = True
+            pts = [k * max(step, 1) for k in range(len(pts))]
         # Packets that share a time hold one shown frame (VP9's hidden reference frames).
-        return (
-            np.unique(np.array(pts, np.int64)),
-            np.array(keys, np.int64).reshape(-1, 2),
-            float(step * self._time_base),
-        )
+        shown_at = np.unique(np.array([time for time in pts if time is not None], np.int64))
+        return shown_at, np.array(keys, np.int64).reshape(-1, 2), float(step * self._time_base)
 
     def _demux(self) -> Iterator[av.Packet]:
         packets = self._container.demux(self._stream)
@@ -146,15 +146,15 @@ class PyavReader:
 
     def _key_before(self, pts: int) -> int:
         """Number of the last packet from which everything at or after pts decodes."""
-        before = self._keys[self._keys[:, 0] <= pts]
-        return int(before[:, 1].max()) if len(before) else 0
+        before = self._keys[self._keys[:, 0] <= pts, 1]
+        return 0 if self._in_order or not len(before) else int(before.max())
 
     def _decode(self, start: int, wanted: Container[int] | None) -> Iterator[av.VideoFrame]:
         """Frames in the decoder's order from packet `start` on; with `wanted`, others may be left out."""
         context = self._context
         context.flush_buffers()
-        self._untimed_frames = 0
-        choosy = wanted is not None and self.codec in _SKIPS_UNREFERENCED and not self._untimed_step
+        self._came_out = 0
+        choosy = wanted is not None and self.codec in _SKIPS_UNREFERENCED and not self._in_order
         context.skip_frame = "DEFAULT"
         for packet in self._packets_from(start):
             if choosy:
@@ -177,10 +177,10 @@ class PyavReader:
         except av.FFmpegError:  # a damaged packet costs its own frames only
             return []
         self._stats.decoded += len(frames)
-        if self._untimed_step:
+        if self._in_order:
             for frame in frames:
-                frame.pts = self._untimed_frames * self._untimed_step
-                self._untimed_frames += 1
+                frame.pts = int(self._pts[self._came_out]) if self._came_out < len(self._pts) else None
+                self._came_out += 1
         return frames
 
 
@@ -210,8 +210,8 @@ class _Converter:
 
 
 def quarter_turns(rotation_degrees: float) -> int:
-    """Counter-clockwise quarter turns that set a frame upright; rotations in between round to the nearest."""
-    return round(rotation_degrees / 90) % 4
+    """Counter-clockwise quarter turns that set a frame upright; nonsense in the header counts as none."""
+    return round(rotation_degrees / 90) % 4 if abs(rotation_degrees) <= 360 else 0
 
 
 def _open(source: Path | bytes) -> av.container.InputContainer:
@@ -236,7 +236,7 @@ def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
 
 def _why_not_opened(source: Path | bytes, error: Exception) -> str:
     try:
-        content = source if isinstance(source, bytes) else _head(source)
+        content = head(source)
     except OSError as fault:
         return f"the file cannot be read ({fault.strerror})"
     if not content:
@@ -252,8 +252,11 @@ def _why_not_opened(source: Path | bytes, error: Exception) -> str:
     return f"FFmpeg cannot open the file ({detail})"
 
 
-def _head(path: Path) -> bytes:
-    with open(path, "rb") as file:
+def head(source: Path | bytes) -> bytes:
+    """The first 4096 bytes. Raises OSError."""
+    if isinstance(source, bytes):
+        return source[:4096]
+    with open(source, "rb") as file:
         return file.read(4096)
 
 

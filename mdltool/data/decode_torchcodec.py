@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mdltool.data.decode_pyav import head
 from mdltool.data.video import DecodeStats, FramesMissing, VideoError
 
 _CODECS = {"h264", "hevc", "vp9", "av1"}
@@ -45,6 +46,8 @@ class TorchcodecReader:
     def __init__(self, source: Path | bytes, threads: int, stats: DecodeStats) -> None:
         from torchcodec.decoders import Demuxer
 
+        if head(source)[:4] == b"RIFF":
+            raise VideoError("AVI stores no presentation times")
         self._stats = stats
         stats.opened += 1
         try:

@@ -78,7 +78,9 @@ def test_2plus1d_is_space_then_time_without_anything_between() -> None:
 def test_frame_mixing_follows_the_2d_stage_and_does_not_discard_it() -> None:
     adapter, f = make("2d_tmix"), feature()
     g = (normed(adapter.norm, by_taps(f, adapter.kernel.weight, adapter.kernel.bias)) + f).relu()
-    mixed = torch.stack([(adapter.mix.weight[u].view(-1, 1, 1) * g).sum(2) + adapter.mix.bias[u] for u in range(4)], 2)
+    mixed = torch.stack(
+        [(adapter.mix.weight[u].view(-1, 1, 1) * g).sum(2) + adapter.mix.bias[u] for u in range(4)], 2
+    )
     expected = (normed(adapter.mix_norm, mixed) + g).relu()
     torch.testing.assert_close(adapter(nn.Identity(), f), expected, rtol=0, atol=1e-12)
 
@@ -197,7 +199,7 @@ def test_shared_norms_normalise_what_they_say() -> None:
     expected = (f - f.mean(1, keepdim=True)) / (f.var(1, keepdim=True, unbiased=False) + 1e-5).sqrt()
     torch.testing.assert_close(channel, expected, rtol=0, atol=1e-9)
     whole = f.flatten(1)
-    expected = ((whole - whole.mean(1, keepdim=True)) / (whole.var(1, keepdim=True, unbiased=False) + 1e-5).sqrt())
+    expected = (whole - whole.mean(1, keepdim=True)) / (whole.var(1, keepdim=True, unbiased=False) + 1e-5).sqrt()
     for form in ("cthw", "cthw_noaffine"):
         torch.testing.assert_close(shared_norm(form, site).double()(f), expected.view_as(f), rtol=0, atol=1e-9)
     assert shared_norm("none", site) is None

@@ -1,0 +1,226 @@
+"""Writing shards: which clip goes where, tar bytes that depend on the clips only, and resuming.
+
+Reading is in index.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mdltool.artifact import write_text
+from mdltool.data.encode import Prepared
+from mdltool.data.formats.common import relative_name
+from mdltool.data.tar import ReadFault, TarWriter
+from mdltool.data.workers import Failed
+from mdltool.types import Clip
+
+RECORD_SUFFIX = ".done.json"
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """What tells a changed source file from an unchanged one."""
+
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class PlannedShard:
+    """The clips of one shard, in order, with the state of their files."""
+
+    number: int
+    clips: tuple[Clip, ...]
+    sources: tuple[SourceFile, ...]
+
+    @property
+    def file(self) -> str:
+        return f"shard-{self.number:06d}.tar"
+
+
+@dataclass(frozen=True)
+class Member:
+    """A clip in a shard. offset, size: bytes of all its members in the tar, headers included."""
+
+    key: str
+    offset: int
+    size: int
+    label: int
+
+
+@dataclass(frozen=True)
+class Unusable:
+    """A clip that is not in the shards. video: its path relative to the source."""
+
+    key: str
+    video: str
+    label: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """A finished shard. bytes is 0 and there is no file where none of its clips can be used."""
+
+    file: str
+    bytes: int
+    sha256: str
+    members: tuple[Member, ...]
+    unusable: tuple[Unusable, ...]
+
+    def as_index(self) -> dict[str, Any]:
+        """Its entry in index.json."""
+        members = [asdict(member) for member in self.members]
+        return {
+            "file": self.file,
+            "clips": len(members),
+            "bytes": self.bytes,
+            "sha256": self.sha256,
+            "members": members,
+        }
+
+
+@dataclass(frozen=True)
+class Naming:
+    """The names that a clip's JSON carries. source: the folder that its video's path is relative to."""
+
+    domain: str
+    split: str
+    classes: tuple[str, ...]
+    source: Path
+
+    def metadata(self, clip: Clip) -> dict[str, Any]:
+        return {
+            "key": clip.key,
+            "domain": self.domain,
+            "split": self.split,
+            "label": clip.label,
+            "class": self.classes[clip.label],
+            "source": self.video(clip),
+        }
+
+    def unusable(self, clip: Clip, reason: str) -> Unusable:
+        return Unusable(clip.key, self.video(clip), clip.label, reason)
+
+    def video(self, clip: Clip) -> str:
+        return relative_name(clip.video, self.source)
+
+
+def plan(clips: Sequence[Clip], shard_bytes: int) -> list[PlannedShard]:
+    """Cut the clips into shards of about `shard_bytes` of source files.
+
+    Depends on the clips and the sizes of their files only: not on encoding results, workers or parts. The order is
+    by sha256 of the key, which mixes the classes. A file's size is divided among its segments.
+    """
+    ordered = sorted(clips, key=lambda clip: hashlib.sha256(clip.key.encode()).digest())
+    uses = Counter(clip.video for clip in clips)
+    sources: dict[Path, SourceFile] = {}
+    groups: list[list[Clip]] = [[]]
+    filled = 0
+    for clip in ordered:
+        if clip.video not in sources:
+            status = os.stat(clip.video)
+            sources[clip.video] = SourceFile(status.st_size, status.st_mtime_ns)
+        size = sources[clip.video].size // uses[clip.video]
+        if groups[-1] and filled + size > shard_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(clip)
+        filled += size
+    return [
+        PlannedShard(number, tuple(group), tuple(sources[clip.video] for clip in group))
+        for number, group in enumerate(groups)
+    ]
+
+
+def write_shard(
+    folder: Path, shard: PlannedShard, outcomes: Iterable[Prepared | Failed], naming: Naming
+) -> ShardRecord:
+    """Write one shard and then its record, which makes it finished. outcomes: of its clips, in their order.
+
+    Raises OSError when the shard cannot be written; a source that cannot be read is an unusable clip.
+    """
+    temporary = folder / (shard.file + ".tmp")
+    tar = TarWriter(temporary)
+    members, unusable = [], []
+    try:
+        for clip, source, outcome in zip(shard.clips, shard.sources, outcomes, strict=True):
+            fault = outcome if isinstance(outcome, Failed) else None
+            offset = tar.size
+            if isinstance(outcome, Prepared):
+                fault = _store(tar, clip, source, outcome, naming)
+            if fault is not None:
+                unusable.append(naming.unusable(clip, fault.reason))
+            else:
+                members.append(Member(clip.key, offset, tar.size - offset, clip.label))
+        tar.close()
+    finally:
+        tar.abandon()
+    if members:
+        os.replace(temporary, folder / shard.file)
+    else:
+        temporary.unlink()
+    size, sha256 = (tar.size, tar.sha256) if members else (0, "")
+    record = ShardRecord(shard.file, size, sha256, tuple(members), tuple(unusable))
+    write_record(folder, shard, record)
+    return record
+
+
+def _store(tar: TarWriter, clip: Clip, source: SourceFile, prepared: Prepared, naming: Naming) -> Failed | None:
+    """Append a clip's members; on failure to read its video nothing is appended."""
+    extension = prepared.path.suffix.lower() or ".bin"
+    metadata = {**naming.metadata(clip), **prepared.meta}
+    try:
+        video = open(prepared.path, "rb", buffering=0)  # noqa: SIM115 - closed by the with below
+    except OSError as error:
+        return Failed(f"the file cannot be read ({error.strerror})")
+    with video:
+        size = os.fstat(video.fileno()).st_size
+        if not prepared.temporary and size != source.size:
+            return Failed("the file changed while it was being read")
+        try:
+            with tar.whole():
+                tar.add_file(clip.key + extension, video, size)
+                tar.add(clip.key + ".json", json.dumps(metadata).encode())
+        except ReadFault as fault:
+            return Failed(str(fault))
+    if prepared.temporary:
+        prepared.path.unlink()
+    return None
+
+
+def write_record(folder: Path, shard: PlannedShard, record: ShardRecord) -> None:
+    """Note beside a shard that it is finished, and from which files."""
+    content = {"sources": _sources(shard), **asdict(record)}
+    write_text(folder / (shard.file + RECORD_SUFFIX), json.dumps(content))
+
+
+def read_record(folder: Path, shard: PlannedShard) -> ShardRecord | None:
+    """The record of a shard that an earlier run finished, or None when it is to be made (again)."""
+    try:
+        content = json.loads((folder / (shard.file + RECORD_SUFFIX)).read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    if content.pop("sources") != _sources(shard):
+        return None
+    record = ShardRecord(
+        content["file"],
+        content["bytes"],
+        content["sha256"],
+        tuple(Member(**member) for member in content["members"]),
+        tuple(Unusable(**clip) for clip in content["unusable"]),
+    )
+    path = folder / shard.file
+    there = path.stat().st_size if path.is_file() else 0
+    return record if there == record.bytes else None
+
+
+def _sources(shard: PlannedShard) -> list[list[Any]]:
+    return [[c.key, s.size, s.mtime_ns] for c, s in zip(shard.clips, shard.sources, strict=True)]
