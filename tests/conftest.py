@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,3 +24,104 @@ def test_data() -> Path:
     path = Path(folder)
     assert (path / "MANIFEST.csv").is_file(), f"MDLTOOL_TEST_DATA={folder} holds no MANIFEST.csv"
     return path
+
+
+@dataclass(frozen=True)
+class Ran:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def path(self) -> Path:
+        """The artifact's path, alone on stdout."""
+        assert self.code == 0, self.err
+        assert self.out.count("\n") == 1, self.out
+        return Path(self.out.strip())
+
+    @property
+    def json(self) -> Any:
+        assert self.code == 0, self.err
+        return json.loads(self.out)
+
+
+def run_mdltool(*words: object) -> Ran:
+    """Run the command line in this process, as the entry point would."""
+    from mdltool.cli.main import main
+
+    out, err = io.StringIO(), io.StringIO()
+    argv = sys.argv
+    sys.argv = ["mdltool", *map(str, words)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main()
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+    finally:
+        sys.argv = argv
+    return Ran(code, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="session")
+def mdltool() -> Callable[..., Ran]:
+    """`mdltool("train", "--recipe", ...)` -> Ran."""
+    return run_mdltool
+
+
+TINY = (
+    "train.steps.0.updates=4",
+    "train.checkpoint_every=1",
+    "data.frames=4",
+    "data.crop=32",
+    "data.augment.short_side=[32, 36]",
+    "data.batch=4",
+    "val.every=2",
+    "val.short_side=32",
+    "views.short_side=36",
+)
+
+
+@dataclass(frozen=True)
+class World:
+    """Two small generated domains as shards, a pretrained backbone, a trained model and its eval."""
+
+    work: Path
+    videos: Path
+
+    def shards(self, domain: str, split: str) -> Path:
+        return self.work / "shards" / f"{domain}-{split}"
+
+    def data(self, *domains: str) -> list[str]:
+        return [w for d in domains for s in ("train", "val") for w in ("--data", f"{d}={self.shards(d, s)}")]
+
+    def train_words(self, weights: str = "scratch") -> list[str]:
+        """A small training run of both domains."""
+        sets = [w for key in (*TINY, f"backbone.weights={weights}") for w in ("--set", key)]
+        return ["train", "--recipe", str(self.work / "two.yaml"), *sets, "--work", str(self.work)]
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Made once a test process, by the commands."""
+    import yaml
+
+    from mdltool.recipe import find
+
+    root = tmp_path_factory.mktemp("world")
+    made = World(root / "artifacts", root / "videos")
+    ran = run_mdltool("synth", "--out", made.videos, "--domains", "chalk,neon", "--clips-per-class", 2, "--seed", 3)
+    assert ran.code == 0, ran.err
+    for domain in ("chalk", "neon"):
+        for split in ("train", "val"):
+            source = made.videos / domain / split
+            words = ("--format", "folder", "--domain", domain, "--split", split, "--work", made.work)
+            ran = run_mdltool("shard", source, *words)
+            assert ran.code == 0, ran.err
+    recipe = yaml.safe_load(find("tiny_demo").read_text())
+    del recipe["domains"]["field"]
+    recipe["name"] = "two"
+    (made.work / "two.yaml").write_text(yaml.safe_dump(recipe))
+    return made

@@ -35,6 +35,7 @@ def readable(source: Path | bytes) -> str | BinaryIO:
 class PyavReader:
     """One video opened by PyAV: the container is opened once and its packets are read once.
 
+    Frames are known by their presentation times, or, where those mislead, by their number in the decoder's order.
     times_s: float64 [N] presentation times of the packets that show a frame; width, height: as displayed.
     Raises VideoError when there is nothing to decode.
     """
@@ -52,9 +53,6 @@ class PyavReader:
             self._context.thread_type = "AUTO" if threads != 1 else "SLICE"
             self._time_base = self._stream.time_base or Fraction(1)
             self._packets: list[av.Packet] | None = []
-            # AVI stores no presentation times, and what FFmpeg guesses swaps frames around B-frames: there, and where
-            # packets carry no times at all, the k-th frame that comes out is the k-th of the timeline.
-            self._in_order = self._container.format.name == "avi"
             self._pts, self._keys, self.step_s = self._scan()
         except BaseException:
             self.close()
@@ -125,12 +123,23 @@ class PyavReader:
             raise VideoError("the video stream holds no frames")
         if not step and self._stream.average_rate:
             step = round(1 / self._stream.average_rate / self._time_base)
-        if all(time is None for time in pts):  # a bare stream of pictures: at a constant rate
-            self._in_order = True
-            pts = [k * max(step, 1) for k in range(len(pts))]
+        known = [time for time in pts if time is not None]
+        self._in_order = not known or self._times_mislead(known)
+        if not known:  # a bare stream of pictures: at a constant rate
+            known = [k * max(step, 1) for k in range(len(pts))]
         # Packets that share a time hold one shown frame (VP9's hidden reference frames).
-        shown_at = np.unique(np.array([time for time in pts if time is not None], np.int64))
+        shown_at = np.unique(np.array(known, np.int64))
         return shown_at, np.array(keys, np.int64).reshape(-1, 2), float(step * self._time_base)
+
+    def _times_mislead(self, pts: list[int]) -> bool:
+        """Whether the packets' times name the wrong frames, so that only the decoder's order tells them apart.
+
+        AVI stores no presentation times, and those that FFmpeg guesses swap frames around B-frames, packed ones
+        (DivX, Xvid) above all, also after a copy into another container. They betray themselves by never stepping
+        back although the codec reorders.
+        """
+        guessed = self._container.format.name == "avi" or self.codec == "mpeg4"
+        return self._context.has_b_frames and (guessed or pts == sorted(pts))
 
     def _demux(self) -> Iterator[av.Packet]:
         packets = self._container.demux(self._stream)

@@ -63,20 +63,29 @@ class Prepared:
     meta: dict[str, Any]
 
 
-def prepare(clip: Clip, encoding: Encoding, full: bool, scratch: Path) -> Prepared:
-    """Check a clip and make the file to store; new files are named `scratch` plus a suffix.
+@dataclass(frozen=True)
+class Job:
+    """What a worker is told. full: decode everything instead of the first frame. scratch: new files are named so,
+    plus a suffix."""
 
-    full: decode everything instead of the first frame. Raises VideoError with the reason when it cannot be used.
-    """
+    clip: Clip
+    encoding: Encoding
+    full: bool
+    scratch: Path
+
+
+def prepare(job: Job) -> Prepared:
+    """Check a clip and make the file to store. Raises VideoError with the reason when it cannot be used."""
+    clip, encoding = job.clip, job.encoding
     if encoding.mode != "copy":
         if not clip.is_segment:
-            check_video(clip.video, full=full)
-        path = encode(clip.video, clip.start_s, clip.end_s, encoding, scratch)
+            check_video(clip.video, full=job.full)
+        path = encode(clip.video, clip.start_s, clip.end_s, encoding, job.scratch)
         return Prepared(path, True, _meta(path, False))
     if not clip.is_segment:
-        return Prepared(clip.video, False, _meta(clip.video, full))
-    cut = cut_segment(clip.video, clip.start_s, clip.end_s, scratch)
-    return Prepared(cut.path, True, _meta(cut.path, full, cut.trim))
+        return Prepared(clip.video, False, _meta(clip.video, job.full))
+    cut = cut_segment(clip.video, clip.start_s, clip.end_s, job.scratch)
+    return Prepared(cut.path, True, _meta(cut.path, job.full, cut.trim))
 
 
 def _meta(path: Path, full: bool, trim: tuple[float, float] | None = None) -> dict[str, Any]:

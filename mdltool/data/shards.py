@@ -21,7 +21,7 @@ from mdltool.data.tar import ReadFault, TarWriter
 from mdltool.data.workers import Failed
 from mdltool.types import Clip
 
-RECORD_SUFFIX = ".done.json"
+SHARD_PREFIX = "shard-"
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,12 @@ class PlannedShard:
 
     @property
     def file(self) -> str:
-        return f"shard-{self.number:06d}.tar"
+        return f"{SHARD_PREFIX}{self.number:06d}.tar"
+
+    @property
+    def record_file(self) -> str:
+        """Beside a finished shard until the artifact is whole."""
+        return self.file + ".done.json"
 
 
 @dataclass(frozen=True)
@@ -89,12 +94,21 @@ class ShardRecord:
 
 @dataclass(frozen=True)
 class Naming:
-    """The names that a clip's JSON carries. source: the folder that its video's path is relative to."""
+    """The names that the metadata carry. source: the folder that its video's path is relative to."""
 
     domain: str
     split: str
     classes: tuple[str, ...]
     source: Path
+
+    def as_index(self) -> dict[str, Any]:
+        """What begins index.json."""
+        return {
+            "domain": self.domain,
+            "split": self.split,
+            "task": "single_label",
+            "classes": list(self.classes),
+        }
 
     def metadata(self, clip: Clip) -> dict[str, Any]:
         return {
@@ -199,13 +213,13 @@ def _store(tar: TarWriter, clip: Clip, source: SourceFile, prepared: Prepared, n
 def write_record(folder: Path, shard: PlannedShard, record: ShardRecord) -> None:
     """Note beside a shard that it is finished, and from which files."""
     content = {"sources": _sources(shard), **asdict(record)}
-    write_text(folder / (shard.file + RECORD_SUFFIX), json.dumps(content))
+    write_text(folder / shard.record_file, json.dumps(content))
 
 
 def read_record(folder: Path, shard: PlannedShard) -> ShardRecord | None:
     """The record of a shard that an earlier run finished, or None when it is to be made (again)."""
     try:
-        content = json.loads((folder / (shard.file + RECORD_SUFFIX)).read_text())
+        content = json.loads((folder / shard.record_file).read_text())
     except (FileNotFoundError, ValueError):
         return None
     if content.pop("sources") != _sources(shard):

@@ -17,6 +17,7 @@ from av.video.reformatter import ColorRange, Colorspace
 from mdltool.artifact import Artifact, Draft, begin, sha256_file
 
 _BITS = 8
+_WITH_B_FRAMES = ("libx264", "libx265", "mpeg4", "mpeg2video")
 
 
 def picture(number: int, width: int, height: int) -> np.ndarray:
@@ -50,6 +51,7 @@ def make_video(
     container: str = "mp4",
     pix_fmt: str = "yuv420p",
     gop: int = 12,
+    b_frames: int = 2,
     colour: tuple[Colorspace, ColorRange] | None = None,
 ) -> bytes:
     """An encoded video of numbered frames. times: each frame's presentation time in units of 1 / rate."""
@@ -59,6 +61,7 @@ def make_video(
         stream.width, stream.height = size
         stream.pix_fmt = pix_fmt
         stream.codec_context.gop_size = gop
+        stream.codec_context.max_b_frames = b_frames if codec in _WITH_B_FRAMES else 0
         stream.codec_context.thread_count = 1
         stream.codec_context.time_base = Fraction(1, rate)
         for number in range(frames):

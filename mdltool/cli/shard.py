@@ -1,0 +1,160 @@
+"""mdltool shard: videos and annotations to tar shards."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mdltool.cli import options
+from mdltool.errors import MdlError
+
+if TYPE_CHECKING:
+    from mdltool.artifact import Artifact
+    from mdltool.stages.shard import Dataset, Writing
+
+_UNITS = {
+    "": 1,
+    "K": 10**3,
+    "M": 10**6,
+    "G": 10**9,
+    "T": 10**12,
+    "KI": 2**10,
+    "MI": 2**20,
+    "GI": 2**30,
+    "TI": 2**40,
+}
+_ENCODINGS = ("copy", "h264", "jpeg")
+_CHECKS = ("probe", "decode")
+_EXAMPLES = (
+    "Examples:  mdltool shard ~/videos/train --format folder --domain kitchen --split train   |   "
+    "mdltool shard ~/UCF-101 --format ucf101 --annotations ~/ucfTrainTestlist --domain ucf101 --split train   |   "
+    "mdltool shard --merge artifacts/shards/k400-train-part*"
+)
+
+
+def register(app: typer.Typer) -> None:
+    app.command("shard", epilog=_EXAMPLES)(shard)
+
+
+def shard(
+    source: Annotated[
+        list[Path] | None, typer.Argument(help="Folder of the videos; with --merge: the parts (or piped).")
+    ] = None,
+    format: Annotated[str, typer.Option("--format", help="folder, csv, ucf101, hmdb51 or kinetics.")] = "",
+    domain: Annotated[str, typer.Option("--domain", help="The domain's name.")] = "",
+    split: Annotated[str, typer.Option("--split", help="train, val, test, ...")] = "",
+    annotations: Annotated[
+        Path | None, typer.Option("--annotations", help="The CSV file, or the folder of the official lists.")
+    ] = None,
+    fold: Annotated[int, typer.Option("--fold", min=1, help="Official split of UCF101 and HMDB51: 1, 2 or 3.")] = 1,
+    classes: Annotated[
+        Path | None, typer.Option("--classes", help="Class list, one a line: fixes the labels.")
+    ] = None,
+    encode: Annotated[str, typer.Option("--encode", help="copy (keep the bytes), h264 or jpeg.")] = "copy",
+    short_side: Annotated[int, typer.Option("--short-side", min=16, help="h264, jpeg: most pixels of it.")] = 320,
+    gop: Annotated[int, typer.Option("--gop", min=1, help="h264: frames from key frame to key frame.")] = 16,
+    shard_size: Annotated[str, typer.Option("--shard-size", help="Bytes of source files in a shard.")] = "1GB",
+    workers: options.Workers = None,
+    part: Annotated[str, typer.Option("--part", help="Write the i-th of n shares, i from 0.", metavar="I/N")] = "",
+    join: Annotated[bool, typer.Option("--merge", help="Join the parts given as arguments.")] = False,
+    verify: Annotated[
+        str, typer.Option("--verify", help="probe: the first frame decodes; decode: all do.")
+    ] = "probe",
+    max_bad: Annotated[str, typer.Option("--max-bad", help="Fail when more clips than this are unusable.")] = "1%",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be written, and stop.")] = False,
+    work: options.Work = None,
+    out: options.Out = None,
+    as_json: options.Json = False,
+) -> None:
+    """Turn videos and annotations into tar shards.
+
+    Clips that cannot be used are quarantined with the reason. Run it again to continue an interrupted run.
+    """
+    from mdltool import console
+    from mdltool.artifact import work_dir
+    from mdltool.cli.inputs import default_workers
+
+    place = work_dir(work)
+    allowed = _fraction(max_bad)
+    if join:
+        console.emit(_merge(source, out, place, allowed), as_json)
+        return
+    _known("--encode", encode, _ENCODINGS)
+    _known("--verify", verify, _CHECKS)
+    names = {"--format": format, "--domain": domain, "--split": split}
+    if source is None or len(source) != 1 or not all(names.values()):
+        absent = [name for name, value in names.items() if not value]
+        what = f"{', '.join(absent)} not given" if absent else "give one SOURCE folder"
+        raise typer.BadParameter(what, param_hint="mdltool shard SOURCE --format F --domain D --split S")
+    for name in ("--domain", "--split"):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", names[name]):
+            raise MdlError(f"'{names[name]}' cannot be a name", name, "use letters, digits, '_' and '-'")
+
+    from mdltool.data.encode import Encoding
+    from mdltool.stages import shard as stage
+
+    dataset = stage.Dataset(source[0], format, domain, split, annotations, fold, classes)
+    share = _part(part) if part else None
+    writing = stage.Writing(Encoding(encode, short_side, gop), _bytes(shard_size), verify == "decode", share)
+    if dry_run:
+        _show_outlook(dataset, writing, as_json)
+        return
+    effort = stage.Effort(workers or default_workers() or 1, max_bad=allowed)
+    target = out or place / "shards" / stage.default_name(dataset, share)
+    console.emit(stage.run(dataset, target, writing, effort), as_json)
+
+
+def _merge(paths: list[Path] | None, out: Path | None, work: Path, max_bad: float) -> Artifact:
+    from mdltool.artifact import open_artifact
+    from mdltool.cli.inputs import piped_paths
+    from mdltool.stages import shard as stage
+
+    parts = paths or piped_paths()
+    if not parts:
+        raise MdlError("no parts are given", "--merge", "mdltool shard --merge PART PART ...")
+    return stage.merge([open_artifact(path, "shards") for path in parts], out, work, max_bad)
+
+
+def _show_outlook(dataset: Dataset, writing: Writing, as_json: bool) -> None:
+    from mdltool import console
+    from mdltool.stages import shard as stage
+
+    found = stage.outlook(dataset, writing)
+    if as_json:
+        console.result_json(found)
+        return
+    console.say(f"{dataset.format}: {'; '.join(found['notes'])}")
+    rows = [(s["file"], s["clips"], f"{s['source_bytes']:,}") for s in found["shards"]]
+    console.table("nothing was written", ("shard", "clips", "bytes of source files"), rows, to_stdout=True)
+
+
+def _known(option: str, value: str, names: tuple[str, ...]) -> None:
+    from mdltool.registry import did_you_mean
+
+    if value not in names:
+        raise MdlError(f"'{value}' is not known", option, did_you_mean(value, names))
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
+    if match is None or match[2] not in _UNITS or not float(match[1]):
+        raise MdlError(f"'{text}' is no size", "--shard-size", "write e.g. 500MB, 1GB or 2GiB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _fraction(text: str) -> float:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%?)", text.strip())
+    value = float(match[1]) / (100 if match[2] else 1) if match else -1.0
+    if not 0 <= value <= 1:
+        raise MdlError(f"'{text}' is no share of the clips", "--max-bad", "write e.g. 1% or 0.01")
+    return value
+
+
+def _part(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
+    if match is None or int(match[1]) >= int(match[2]):
+        raise MdlError(f"'{text}' is no part", "--part", "write i/n with i from 0 to n-1, e.g. 0/4")
+    return int(match[1]), int(match[2])

@@ -1,0 +1,319 @@
+"""From shards to predictions through the commands: bad input, resuming after SIGKILL, processes, real clips."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from mdltool.artifact import open_artifact
+from mdltool.model_store import load_model, read_tensors
+from tests.conftest import TINY, Ran, World
+
+MDLTOOL = [sys.executable, "-m", "mdltool"]
+
+
+@pytest.fixture(scope="module")
+def model(world: World, mdltool: Callable[..., Ran]) -> Path:
+    return mdltool(*world.train_words()).path
+
+
+def test_train_writes_a_whole_model(model: Path, world: World) -> None:
+    artifact = open_artifact(model, "model")
+    assert artifact.verify() == []
+    assert {"model.json", "recipe.yaml", "metrics.jsonl", "weights/last.safetensors"} <= set(artifact.files)
+    assert not list(model.rglob("checkpoints"))
+    assert [entry.role for entry in artifact.inputs] == ["train", "train", "val", "val"]
+    assert artifact.summary["updates"] == 4
+    assert artifact.summary["best_step"] in (2, 4)
+    assert artifact.summary["seconds_to_best"] > 0
+    assert list(model.rglob("events.out.tfevents*")), "TensorBoard"
+
+
+def test_the_same_request_is_reused_and_another_refused(
+    model: Path, world: World, mdltool: Callable[..., Ran]
+) -> None:
+    digest = open_artifact(model).digest
+    assert mdltool(*world.train_words()).path == model
+    assert open_artifact(model).digest == digest
+    ran = mdltool(*world.train_words(), "--set", "train.seed=9")
+    assert ran.code == 1
+    assert "different: train.seed" in ran.err
+
+
+def test_the_same_inputs_give_the_same_digest(
+    model: Path, world: World, mdltool: Callable[..., Ran], tmp_path: Path
+) -> None:
+    again = mdltool(*world.train_words(), "--out", tmp_path / "again", "--workers", 2).path
+    assert open_artifact(again).digest == open_artifact(model).digest
+
+
+def test_eval_scores_every_clip_once(
+    model: Path, world: World, mdltool: Callable[..., Ran], tmp_path: Path
+) -> None:
+    path = mdltool("eval", model, "--views", "2x3", "--work", world.work, "--out", tmp_path / "e").path
+    artifact = open_artifact(path, "eval")
+    assert artifact.verify() == []
+    metrics = artifact.load_json("metrics.json")
+    assert metrics["model_digest"] == open_artifact(model).digest
+    assert metrics["views"] == "2x3"
+    table = pq.read_table(artifact.file("scores.parquet")).to_pylist()
+    for domain, entry in metrics["domains"].items():
+        listed = json.loads((world.shards(domain, "val") / "index.json").read_text())
+        keys = [member["key"] for shard in listed["shards"] for member in shard["members"]]
+        rows = [row for row in table if row["domain"] == domain]
+        assert sorted(row["key"] for row in rows) == sorted(keys)
+        assert entry["clips"] == {"listed": len(keys), "evaluated": len(keys), "missing": [], "reasons": {}}
+        correct = [max(range(8), key=lambda i: row[f"score_{i}"]) == row["label"] for row in rows]
+        assert entry["metrics"]["top1"] == pytest.approx(sum(correct) / len(correct))
+        assert all(sum(row[f"score_{i}"] for i in range(8)) == pytest.approx(1, abs=1e-5) for row in rows)
+        assert {"split_digest", "decoder", "precision", "distinct_views"} <= set(entry)
+
+
+def test_two_processes_give_the_scores_of_one(
+    model: Path, world: World, mdltool: Callable[..., Ran], tmp_path: Path
+) -> None:
+    words = ["eval", str(model), "--views", "2x3", "--work", str(world.work), "--workers", "0"]
+    one = mdltool(*words, "--out", tmp_path / "one").path
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "mdltool",
+    ]
+    ran = subprocess.run(
+        [*launch, *words, "--out", str(tmp_path / "two")], capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip() == str(tmp_path / "two"), "one path, from one process"
+    tables = [pq.read_table(path / "scores.parquet").to_pylist() for path in (one, tmp_path / "two")]
+    assert [(r["domain"], r["key"], r["label"]) for r in tables[0]] == [
+        (r["domain"], r["key"], r["label"]) for r in tables[1]
+    ]
+    for a, b in zip(*tables, strict=True):
+        assert [a[f"score_{i}"] for i in range(8)] == pytest.approx([b[f"score_{i}"] for i in range(8)], abs=1e-6)
+
+
+def test_predict_agrees_with_eval(model: Path, world: World, mdltool: Callable[..., Ran], tmp_path: Path) -> None:
+    path = mdltool("eval", model, "--views", "2x3", "--work", world.work, "--out", tmp_path / "e").path
+    rows = {r["key"]: r for r in pq.read_table(path / "scores.parquet").to_pylist() if r["domain"] == "chalk"}
+    videos = sorted((world.videos / "chalk" / "val").glob("*/*.mp4"))[:3]
+    ran = mdltool("predict", model, *videos, "--domain", "chalk", "--views", "2x3", "--topk", 8, "--json")
+    assert ran.code == 0, ran.err
+    classes = json.loads((model / "model.json").read_text())["domains"]["chalk"]["classes"]
+    for line, video in zip(ran.out.splitlines(), videos, strict=True):
+        found = json.loads(line)
+        assert (found["video"], found["domain"]) == (str(video), "chalk")
+        row = rows[f"{video.parent.name}/{video.stem}"]
+        scores = {entry["label"]: entry["score"] for entry in found["top"]}
+        assert [scores[name] for name in classes] == pytest.approx([row[f"score_{i}"] for i in range(8)], abs=1e-5)
+    plain = mdltool("predict", model, videos[0], "--domain", "chalk", "--topk", 1).out
+    assert plain.count("\t") == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--domain", "chalc"), "did you mean 'chalk'"),
+        ((), "several domains"),
+    ],
+)
+def test_predict_refuses(
+    words: tuple[str, ...], message: str, model: Path, world: World, mdltool: Callable[..., Ran], test_data: Path
+) -> None:
+    video = next((world.videos / "chalk" / "val").glob("*/*.mp4"))
+    ran = mdltool("predict", model, video, *words)
+    assert ran.code == 1
+    assert message in ran.err
+    ran = mdltool("predict", model, test_data / "awkward" / "corrupt" / "WrongFile.mp4", "--domain", "chalk")
+    assert ran.code == 1
+    assert "cannot be used" in ran.err
+
+
+def test_a_frozen_model_stores_its_backbone_by_digest(
+    world: World, mdltool: Callable[..., Ran], tmp_path: Path
+) -> None:
+    sets = [w for key in TINY for w in ("--set", key)]
+    data = ("--data", f"chalk={world.shards('chalk', 'train')}")
+    backbone = mdltool("backbone", "pretrain", *data, *sets, "--work", world.work, "--out", tmp_path / "b").path
+    frozen = ["--set", "train.steps.0.regime=frozen", "--set", "train.bn=frozen"]
+    path = mdltool(*world.train_words("pretrained"), *frozen, "--backbone", backbone, "--out", tmp_path / "m").path
+    stored = read_tensors(path / "weights" / "last.safetensors")
+    assert not [key for key in stored if key.startswith("backbone/")]
+    loaded = load_model(open_artifact(path))
+    original = read_tensors(backbone / "backbone.safetensors")
+    own = loaded.tensors()
+    checked = [key for key in original if f"backbone/{key}" in own]
+    assert len(checked) > 50
+    assert all(torch.equal(own[f"backbone/{key}"], original[key]) for key in checked)
+    (tmp_path / "b").rename(tmp_path / "elsewhere")
+    ran = mdltool("eval", path, "--views", "1x1", "--work", world.work, "--out", tmp_path / "e")
+    assert ran.code == 1
+    assert "backbone is not here" in ran.err
+    (world.work / "backbone").mkdir(exist_ok=True)
+    (tmp_path / "elsewhere").rename(world.work / "backbone" / "moved")
+    ran = mdltool("eval", path, "--views", "1x1", "--work", world.work, "--out", tmp_path / "e")
+    assert ran.code == 0, ran.err
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (["--data", "neon={chalk}"], ("these shards are of domain 'chalk'", "--data chalk=")),
+        (["--data", "nein={chalk}"], ("no domain 'nein'", "did you mean 'neon'")),
+        (["--data", "chalk"], ("no DOMAIN=PATH",)),
+        (
+            ["--set", "domains.chalk.classes=9"],
+            ("has 8 classes, the recipe says 9", "--set domains.chalk.classes=8"),
+        ),
+        (["--set", "domains.meadow.classes=3"], ("'meadow' has no training shards",)),
+        (["--set", "backbone.weights=kinetics400", "--work", "{empty}"], ("has no training shards",)),
+        (["--backbone", "{chalk}"], ("shards artifact, not backbone",)),
+    ],
+)
+def test_train_refuses(
+    change: list[str], parts: tuple[str, ...], world: World, mdltool: Callable[..., Ran], tmp_path: Path
+) -> None:
+    names = {"chalk": world.shards("chalk", "train"), "empty": tmp_path / "none"}
+    words = [word.format(**names) for word in change]
+    ran = mdltool(*world.train_words(), "--out", tmp_path / "m", *words)
+    assert ran.code == 1, ran.err
+    assert all(part in ran.err for part in parts), ran.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def killed_run(words: list[str], out: Path, rng: random.Random, at: str | None = None) -> None:
+    """Start the run and SIGKILL it: after a random number of logged lines, or while a file of name `at` exists."""
+    process = subprocess.Popen([*MDLTOOL, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    partial = out.with_name(out.name + ".partial")
+    log = partial / "metrics.jsonl"
+    already = len(log.read_text().splitlines()) if log.exists() else 0
+    lines = already + rng.randint(1, 5)
+    while process.poll() is None:
+        if at is not None:
+            if list(partial.glob(at)):
+                break
+        elif log.exists() and len(log.read_text().splitlines()) >= lines:
+            time.sleep(rng.random() * 0.2)
+            break
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def kill_and_resume(kills: int, world: World, mdltool: Callable[..., Ran], tmp_path: Path) -> None:
+    # more updates than the kills can use up, and one thread here and there, as the digest asks for
+    sets = ["--set", f"train.steps.0.updates={6 + kills}", "--workers", "1"]
+    steady = mdltool(*world.train_words(), *sets, "--out", tmp_path / "steady").path
+    out, rng = tmp_path / "killed", random.Random(kills)
+    words = [*world.train_words(), *sets, "--out", str(out)]
+    landed = 0
+    for number in range(kills):
+        resume = ["--resume"] if out.with_name("killed.partial").exists() else []
+        killed_run([*words, *resume], out, rng, at="checkpoints/*.tmp" if number == 1 else None)
+        landed += not out.exists()
+        if out.exists():
+            break
+    assert landed >= min(kills, 3)
+    ran = subprocess.run([*MDLTOOL, *words, "--resume"], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    a, b = (read_tensors(path / "weights" / "last.safetensors") for path in (steady, out))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert open_artifact(out).digest == open_artifact(steady).digest
+    logged = [[json.loads(line) for line in (p / "metrics.jsonl").read_text().splitlines()] for p in (steady, out)]
+    assert [(x["step"], x["domain"], x.get("loss")) for x in logged[0]] == [
+        (x["step"], x["domain"], x.get("loss")) for x in logged[1]
+    ]
+
+
+@pytest.fixture
+def one_thread(monkeypatch: pytest.MonkeyPatch):
+    """The same number of threads in this process and in those that it starts."""
+    before = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_three_kills_change_nothing(world: World, mdltool: Callable[..., Ran], tmp_path: Path) -> None:
+    """One of them while a checkpoint is written."""
+    kill_and_resume(3, world, mdltool, tmp_path)
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("one_thread")
+def test_twenty_kills_change_nothing(world: World, mdltool: Callable[..., Ran], tmp_path: Path) -> None:
+    kill_and_resume(20, world, mdltool, tmp_path)
+
+
+def test_an_interrupted_run_is_named_by_the_next_stage_and_by_train(
+    world: World, mdltool: Callable[..., Ran], tmp_path: Path
+) -> None:
+    out = tmp_path / "m"
+    killed_run([*world.train_words(), "--out", str(out)], out, random.Random(0))
+    for words in (("eval", out), [*world.train_words(), "--out", str(out)]):
+        ran = mdltool(*words)
+        assert ran.code == 1
+        assert "--resume" in ran.err
+    assert mdltool(*world.train_words(), "--out", out, "--resume").path == out
+
+
+def test_a_stopped_run_exits_with_75(world: World, tmp_path: Path) -> None:
+    out = tmp_path / "m"
+    words = [*MDLTOOL, *world.train_words(), "--set", "train.steps.0.updates=500", "--out", str(out)]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "m.partial" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().strip()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.terminate()
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 75, stderr
+    assert "checkpoint is written" in stderr
+    assert stdout == ""
+    assert list((tmp_path / "m.partial" / "checkpoints").glob("update-*.safetensors"))
+
+
+def test_real_clips_are_overfitted(test_data: Path, mdltool: Callable[..., Ran], tmp_path: Path) -> None:
+    """A handful of real clips, from their files through shard, train, eval and predict, to 100%."""
+    work, source = tmp_path / "artifacts", tmp_path / "clips"
+    chosen = {}
+    for name in ("boxing", "handclapping", "handwaving"):
+        (source / name).mkdir(parents=True)
+        for clip in sorted((test_data / "clips" / "webcam" / name).iterdir())[:2]:
+            os.symlink(clip, source / name / clip.name)
+            chosen[clip] = name
+    for split in ("train", "val"):
+        words = ("--format", "folder", "--domain", "webcam", "--split", split, "--work", work)
+        assert mdltool("shard", source, *words).code == 0
+    sets = (
+        "train.steps.0.updates=40",
+        "data.batch=6",
+        "val.every=0",
+        "heads.dropout=0.0",
+        "backbone.weights=scratch",
+    )
+    recipe = ["--recipe", "tiny_single", "--domain", "webcam", *(w for s in sets for w in ("--set", s))]
+    path = mdltool("train", *recipe, "--work", work).path
+    evaluated = mdltool("eval", path, "--views", "2x3", "--work", work).path
+    entry = json.loads((evaluated / "metrics.json").read_text())["domains"]["webcam"]
+    assert entry["metrics"]["top1"] == 1.0
+    ran = mdltool("predict", path, *chosen, "--topk", 1, "--work", work, "--json")
+    assert [json.loads(line)["top"][0]["label"] for line in ran.out.splitlines()] == list(chosen.values())
