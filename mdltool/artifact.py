@@ -313,7 +313,8 @@ def _differences(a: Any, b: Any, at: str = "") -> list[str]:
 def _take_lock(partial: Path) -> IO[str]:
     handle = open(partial / _LOCK, "a")  # noqa: SIM115 - held until commit or death
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # lockf, not flock: a forked loader process that outlives a killed parent must not hold on to it
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         handle.close()
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):

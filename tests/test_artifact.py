@@ -103,10 +103,15 @@ def test_what_is_no_artifact_is_never_overwritten(tmp_path: Path) -> None:
 def test_two_processes_do_not_build_one_artifact(tmp_path: Path) -> None:
     draft = start(tmp_path / "m")
     assert isinstance(draft, Draft)
-    with pytest.raises(MdlError, match="another process"):
-        start(tmp_path / "m", resume="auto")
+    code = (
+        "import sys, pathlib; from mdltool.artifact import begin\n"
+        "begin(pathlib.Path(sys.argv[1]), kind='model', stage='train', inputs=[], request={'a': 1}, resume='auto')"
+    )
+    other = [sys.executable, "-c", code, str(tmp_path / "m")]
+    ran = subprocess.run(other, capture_output=True, text=True, check=False)
+    assert "another process is writing this artifact" in ran.stderr
     draft.abandon()
-    assert isinstance(start(tmp_path / "m"), Draft)
+    assert subprocess.run(other, capture_output=True, check=False).returncode == 0
 
 
 def test_an_interrupted_build_says_so_and_resumes_only_the_same_request(tmp_path: Path) -> None:

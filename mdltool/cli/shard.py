@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -57,7 +58,10 @@ def shard(
     short_side: Annotated[int, typer.Option("--short-side", min=16, help="h264, jpeg: most pixels of it.")] = 320,
     gop: Annotated[int, typer.Option("--gop", min=1, help="h264: frames from key frame to key frame.")] = 16,
     shard_size: Annotated[str, typer.Option("--shard-size", help="Bytes of source files in a shard.")] = "1GB",
-    workers: options.Workers = None,
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", min=1, help="Processes that check and encode (default: one per core)."),
+    ] = None,
     part: Annotated[str, typer.Option("--part", help="Write the i-th of n shares, i from 0.", metavar="I/N")] = "",
     join: Annotated[bool, typer.Option("--merge", help="Join the parts given as arguments.")] = False,
     verify: Annotated[
@@ -75,7 +79,6 @@ def shard(
     """
     from mdltool import console
     from mdltool.artifact import work_dir
-    from mdltool.cli.inputs import default_workers
 
     place = work_dir(work)
     allowed = _fraction(max_bad)
@@ -87,8 +90,8 @@ def shard(
     names = {"--format": format, "--domain": domain, "--split": split}
     if source is None or len(source) != 1 or not all(names.values()):
         absent = [name for name, value in names.items() if not value]
-        what = f"{', '.join(absent)} not given" if absent else "give one SOURCE folder"
-        raise typer.BadParameter(what, param_hint="mdltool shard SOURCE --format F --domain D --split S")
+        what = f"not given: {', '.join(absent)}" if absent else "give one SOURCE folder"
+        raise typer.BadParameter(f"{what} (mdltool shard SOURCE --format F --domain D --split S)")
     for name in ("--domain", "--split"):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", names[name]):
             raise MdlError(f"'{names[name]}' cannot be a name", name, "use letters, digits, '_' and '-'")
@@ -102,7 +105,7 @@ def shard(
     if dry_run:
         _show_outlook(dataset, writing, as_json)
         return
-    effort = stage.Effort(workers or default_workers() or 1, max_bad=allowed)
+    effort = stage.Effort(workers or len(os.sched_getaffinity(0)), max_bad=allowed)
     target = out or place / "shards" / stage.default_name(dataset, share)
     console.emit(stage.run(dataset, target, writing, effort), as_json)
 
