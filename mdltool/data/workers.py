@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import multiprocessing
-import queue
+import os
 import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerProcess
+from dataclasses import dataclass, field, replace
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar
 
 from mdltool.data.video import VideoError
@@ -23,7 +22,8 @@ Task = TypeVar("Task")
 Done = TypeVar("Done")
 
 _READY = "ready"
-_TASKS_AHEAD = 8  # per worker
+_QUEUED = 4  # tasks that lie ready at each worker, so that none waits while this process writes
+_AHEAD = 8  # finished or begun tasks per worker beyond the one that is asked for
 _ATTEMPTS = 2  # a worker may also fall to the memory another one used
 _OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
@@ -35,10 +35,42 @@ class Failed:
     reason: str
 
 
+@dataclass(frozen=True)
+class _Numbered(Generic[Task]):
+    number: int
+    task: Task
+    attempt: int = 1
+
+
 @dataclass
-class _Worker:
-    process: ForkServerProcess
+class _Worker(Generic[Task]):
+    """A process and what it was sent and has not answered; it answers in order."""
+
+    process: BaseProcess
     connection: Connection
+    sent: deque[_Numbered[Task]] = field(default_factory=deque)
+
+
+@dataclass
+class _Order(Generic[Task, Done]):
+    """One pass over tasks. handed, asked: the numbers of the next task to begin and of the next result to give."""
+
+    tasks: Iterator[Task]
+    handed: int = 0
+    asked: int = 0
+    again: deque[_Numbered[Task]] = field(default_factory=deque)
+    results: dict[int, Done | Failed] = field(default_factory=dict)
+
+    def next(self, ahead: int) -> _Numbered[Task] | None:
+        """The next task, unless all are begun, or `ahead` of them beyond the one asked for."""
+        if self.again:
+            return self.again.popleft()
+        if self.handed - self.asked >= ahead:
+            return None
+        for task in self.tasks:
+            self.handed += 1
+            return _Numbered(self.handed - 1, task)
+        return None
 
 
 class Pool(Generic[Task, Done]):
@@ -51,75 +83,77 @@ class Pool(Generic[Task, Done]):
 
     def __init__(self, function: Callable[[Task], Done], count: int, timeout_s: float) -> None:
         self._function = function
+        self._count = count
         self._timeout_s = timeout_s
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([function.__module__])
-        self._threads = ThreadPoolExecutor(count, thread_name_prefix="worker")
-        self._ahead = _TASKS_AHEAD * count
-        self._idle: queue.SimpleQueue[_Worker | None] = queue.SimpleQueue()
-        self._started: list[_Worker] = []
-        self._starting = threading.Lock()
-        self._closed = False
-        for _ in range(count):
-            self._idle.put(None)
+        forkserver.ensure_running()  # it loads the module while this process goes on
+        self._workers: list[_Worker[Task]] = []
 
     def __enter__(self) -> Pool[Task, Done]:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        with self._starting:
-            self._closed = True
-        for worker in list(self._started):
+        for worker in self._workers:
             worker.process.kill()
-        self._threads.shutdown(wait=True, cancel_futures=True)
-        for worker in self._started:
+        for worker in self._workers:
             worker.process.join()
             worker.connection.close()
+        self._workers.clear()
 
     def map(self, tasks: Iterable[Task]) -> Iterator[Done | Failed]:
         """The tasks' results in their order; some tasks are worked on ahead of the one that is asked for.
 
         Raises what concerns the whole run and not one task: OSError for a full disk, MdlError.
         """
-        pending: deque[Future[Done | Failed]] = deque()
-        for task in tasks:
-            pending.append(self._threads.submit(self._run, task))
-            if len(pending) > self._ahead:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        order: _Order[Task, Done] = _Order(iter(tasks))
+        while True:
+            self._hand_out(order)
+            waiting = order.asked not in order.results
+            if waiting and not any(worker.sent for worker in self._workers):
+                return
+            self._collect(order, None if waiting else 0)
+            if order.asked in order.results:
+                yield order.results.pop(order.asked)
+                order.asked += 1
 
-    def _run(self, task: Task) -> Done | Failed:
-        worker = self._idle.get()
-        try:
-            for attempt in range(1, _ATTEMPTS + 1):
-                worker = worker or self._start()
-                try:
-                    worker.connection.send(task)
-                    answer = worker.connection.recv()
-                except (EOFError, ConnectionError):
-                    reason, again = self._bury(worker)
-                    worker = None
-                    if self._closed or not again or attempt == _ATTEMPTS:
-                        return Failed(reason)
-                else:
-                    if isinstance(answer, Exception):
-                        raise answer
-                    return answer
-        finally:
-            self._idle.put(worker)
-        raise AssertionError("every attempt returns")
+    def _hand_out(self, order: _Order[Task, Done]) -> None:
+        """Send tasks until every worker has enough, the shortest queue first."""
+        while True:
+            worker = min(self._workers, key=lambda w: len(w.sent), default=None)
+            if (worker is None or worker.sent) and len(self._workers) < self._count:
+                worker = None
+            if worker is not None and len(worker.sent) >= _QUEUED:
+                return
+            item = order.next(_AHEAD * self._count)
+            if item is None:
+                return
+            worker = worker or self._start()
+            worker.sent.append(item)
+            with contextlib.suppress(ConnectionError):  # a death is noticed when the answers are collected
+                worker.connection.send(item.task)
 
-    def _start(self) -> _Worker:
+    def _collect(self, order: _Order[Task, Done], timeout_s: float | None) -> None:
+        """Take the answers that are there, or wait for one."""
+        connections = {worker.connection: worker for worker in self._workers if worker.sent}
+        for connection in wait(list(connections), timeout_s):
+            worker = connections[connection]  # type: ignore[index]
+            try:
+                answer = worker.connection.recv()
+            except (EOFError, ConnectionError):
+                self._bury(worker, order)
+                continue
+            if isinstance(answer, Exception):
+                raise answer
+            order.results[worker.sent.popleft().number] = answer
+
+    def _start(self) -> _Worker[Task]:
         ours, theirs = self._context.Pipe()
         process = self._context.Process(target=_serve, args=(theirs, self._function, self._timeout_s), daemon=True)
-        worker = _Worker(process, ours)
-        with self._starting:
-            if self._closed:
-                raise CancelledError
-            process.start()
-            self._started.append(worker)
+        process.start()
         theirs.close()
+        worker: _Worker[Task] = _Worker(process, ours)
+        self._workers.append(worker)
         try:
             ours.recv()
         except (EOFError, ConnectionError):
@@ -127,16 +161,21 @@ class Pool(Generic[Task, Done]):
             raise RuntimeError(f"a worker process did not start (exit code {process.exitcode})") from None
         return worker
 
-    def _bury(self, worker: _Worker) -> tuple[str, bool]:
-        """Why a worker died, and whether another attempt may end otherwise."""
+    def _bury(self, worker: _Worker[Task], order: _Order[Task, Done]) -> None:
+        """Blame a worker's death on the task it had in hand; the others go to another worker."""
         worker.process.join()
         worker.connection.close()
-        self._started.remove(worker)
+        self._workers.remove(worker)
+        culprit = worker.sent.popleft()
         code = worker.process.exitcode or 0
         if code == -signal.SIGALRM:
-            return f"it takes longer than {self._timeout_s:g} s: the decoder hangs", False
-        name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        return f"the decoder crashed ({name})", True
+            order.results[culprit.number] = Failed(f"it takes longer than {self._timeout_s:g} s: the decoder hangs")
+        elif culprit.attempt < _ATTEMPTS:
+            worker.sent.appendleft(replace(culprit, attempt=culprit.attempt + 1))
+        else:
+            name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            order.results[culprit.number] = Failed(f"the decoder crashed ({name})")
+        order.again.extend(worker.sent)
 
 
 def _serve(connection: Connection, function: Callable[[Any], Any], timeout_s: float) -> None:
@@ -161,7 +200,7 @@ def _answer(function: Callable[[Any], Any], task: Any) -> Any:
     except MdlError as error:
         return error
     except Exception as error:
-        if getattr(error, "errno", None) in _OUT_OF_SPACE:
-            # FFmpeg's errors cannot be pickled
-            return OSError(error.errno, error.strerror, getattr(error, "filename", None))  # type: ignore[attr-defined]
+        code = getattr(error, "errno", None)
+        if code in _OUT_OF_SPACE:  # FFmpeg's own exceptions cannot be pickled
+            return OSError(code, os.strerror(code), getattr(error, "filename", None))
         return Failed(f"{type(error).__name__}: {error}")

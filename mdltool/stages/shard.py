@@ -114,28 +114,28 @@ def run(dataset: Dataset, out: Path, writing: Writing = Writing(), effort: Effor
     for what is wrong with the annotations, and when more than `effort.max_bad` of the clips cannot be used; what
     is finished is kept then.
     """
-    listing = dataset.read()
-    console.say(f"{dataset.format}: {'; '.join(listing.notes)}")
-    planned = plan(listing.clips, writing.shard_bytes)
-    draft = begin(
-        out, kind="shards", stage="shard", inputs=(), request=_request(dataset, listing, writing), resume="auto"
-    )
-    if isinstance(draft, Artifact):
-        console.say(f"already there and identical: {out}")
-        return draft
-    naming = Naming(dataset.domain, dataset.split, listing.classes, dataset.source)
-    missing = [{"key": key, "reason": reason} for key, reason in sorted(listing.missing)]
-    try:
-        builder = _Builder(draft.path, naming, writing, effort, len(listing.clips))
-        records = builder.build(_share(planned, writing.part))
-        if writing.part is not None:
-            _write_part(draft.path, writing.part, planned)
-        unusable = [asdict(clip) for record in records for clip in record.unusable]
-        shards = [record.as_index() for record in records if record.members]
-        return _commit(draft, naming.as_index(), shards, unusable, missing)
-    except BaseException:
-        draft.abandon(keep=True)
-        raise
+    with Pool(prepare, effort.workers, effort.timeout_s) as pool:
+        listing = dataset.read()
+        console.say(f"{dataset.format}: {'; '.join(listing.notes)}")
+        planned = plan(listing.clips, writing.shard_bytes)
+        request = _request(dataset, listing, writing)
+        draft = begin(out, kind="shards", stage="shard", inputs=(), request=request, resume="auto")
+        if isinstance(draft, Artifact):
+            console.say(f"already there and identical: {out}")
+            return draft
+        naming = Naming(dataset.domain, dataset.split, listing.classes, dataset.source)
+        try:
+            builder = _Builder(draft.path, pool, naming, writing, len(listing.clips), effort.max_bad)
+            records = builder.build(_share(planned, writing.part))
+            if writing.part is not None:
+                _write_part(draft.path, writing.part, planned)
+            missing = [{"key": key, "reason": reason} for key, reason in sorted(listing.missing)]
+            unusable = [asdict(clip) for record in records for clip in record.unusable]
+            shards = [record.as_index() for record in records if record.members]
+            return _commit(draft, naming.as_index(), shards, unusable, missing)
+        except BaseException:
+            draft.abandon(keep=True)
+            raise
 
 
 def _request(dataset: Dataset, listing: Listing, writing: Writing) -> dict[str, Any]:
@@ -164,12 +164,15 @@ def _share(planned: Sequence[PlannedShard], part: tuple[int, int] | None) -> lis
 class _Builder:
     """Makes the shards of one draft directory. total: clips of all parts, which --max-bad refers to."""
 
-    def __init__(self, folder: Path, naming: Naming, writing: Writing, effort: Effort, total: int) -> None:
+    def __init__(
+        self, folder: Path, pool: Pool[Job, Prepared], naming: Naming, writing: Writing, total: int, max_bad: float
+    ) -> None:
         self._folder = folder
+        self._pool = pool
         self._naming = naming
         self._writing = writing
-        self._effort = effort
         self._total = total
+        self._max_bad = max_bad
         self._numbers = itertools.count()
         self._records: dict[str, ShardRecord] = {}
 
@@ -178,20 +181,19 @@ class _Builder:
         _remove_strays(self._folder, {name for shard in shards for name in (shard.file, shard.record_file)})
         self._scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=self._folder))
         try:
-            with Pool(prepare, self._effort.workers, self._effort.timeout_s) as pool:
-                self._keep_finished(pool, shards)
-                self._make(pool, [shard for shard in shards if shard.file not in self._records])
+            self._keep_finished(shards)
+            self._make([shard for shard in shards if shard.file not in self._records])
         finally:
             shutil.rmtree(self._scratch, ignore_errors=True)
         return [self._records[shard.file] for shard in shards]
 
-    def _keep_finished(self, pool: Pool[Job, Prepared], shards: Sequence[PlannedShard]) -> None:
+    def _keep_finished(self, shards: Sequence[PlannedShard]) -> None:
         """Take over finished shards but for those of whose failed clips one can be used this time."""
         found = [(shard, record) for shard in shards if (record := read_record(self._folder, shard)) is not None]
         if not found:
             return
         failed = [clip for shard, record in found for clip in _failed(shard, record)]
-        outcomes = pool.map(self._jobs(failed))
+        outcomes = self._pool.map(self._jobs(failed))
         for shard, record in found:
             clips = _failed(shard, record)
             again = list(islice(outcomes, len(clips)))
@@ -205,9 +207,9 @@ class _Builder:
         console.say(f"resuming: {len(self._records)} of {len(shards)} shards are finished")
         self._refuse_too_many_bad()
 
-    def _make(self, pool: Pool[Job, Prepared], shards: Sequence[PlannedShard]) -> None:
+    def _make(self, shards: Sequence[PlannedShard]) -> None:
         clips = [clip for shard in shards for clip in shard.clips]
-        outcomes = pool.map(self._jobs(clips))
+        outcomes = self._pool.map(self._jobs(clips))
         with console.progress("shard", len(clips)) as advance:
             for shard in shards:
                 own = _counted(islice(outcomes, len(shard.clips)), advance)
@@ -216,7 +218,7 @@ class _Builder:
 
     def _refuse_too_many_bad(self) -> None:
         bad = [clip for record in self._records.values() for clip in record.unusable]
-        _refuse_too_many_bad(bad, self._total, self._effort.max_bad)
+        _refuse_too_many_bad(bad, self._total, self._max_bad)
 
     def _jobs(self, clips: Iterable[Clip]) -> Iterator[Job]:
         for clip in clips:

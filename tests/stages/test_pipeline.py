@@ -304,7 +304,7 @@ def test_real_clips_are_overfitted(test_data: Path, mdltool: Callable[..., Ran],
         words = ("--format", "folder", "--domain", "webcam", "--split", split, "--work", work)
         assert mdltool("shard", source, *words).code == 0
     sets = (
-        "train.steps.0.updates=40",
+        "train.steps.0.updates=120",
         "data.batch=6",
         "val.every=0",
         "heads.dropout=0.0",
