@@ -74,7 +74,8 @@ def shards_for(data: list[str] | None, work: Path, domains: list[str], splits: t
     from mdltool.artifact import open_artifact
     from mdltool.registry import did_you_mean
 
-    found, named = [], set()
+    found: list[Artifact] = []
+    named: set[tuple[str, str]] = set()
     for entry in data or ():
         domain, equals, path = entry.partition("=")
         if not equals or not domain or not path:
@@ -88,7 +89,7 @@ def shards_for(data: list[str] | None, work: Path, domains: list[str], splits: t
         if inside != domain:
             raise MdlError(f"these shards are of domain '{inside}'", f"--data {entry}", f"--data {inside}={path}")
         found.append(artifact)
-        named.add((domain, artifact.summary.get("split")))
+        named.add((domain, str(artifact.summary.get("split"))))
     for domain in domains:
         for split in splits:
             default = work / "shards" / f"{domain}-{split}"

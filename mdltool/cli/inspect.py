@@ -43,7 +43,7 @@ def inspect(
 
 
 def _json(node: Node) -> dict[str, Any]:
-    found = {
+    found: dict[str, Any] = {
         "role": node.role,
         "path": str(node.path),
         "kind": node.kind,
@@ -55,8 +55,7 @@ def _json(node: Node) -> dict[str, Any]:
         found |= {
             key: manifest[key] for key in ("stage", "name", "created", "mdltool", "summary", "files", "environment")
         }
-    found["inputs"] = [_json(child) for child in node.inputs]
-    return found
+    return found | {"inputs": [_json(child) for child in node.inputs]}
 
 
 def _print(root: Node) -> None:

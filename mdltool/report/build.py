@@ -1,0 +1,157 @@
+"""From eval artifacts to the sections of a report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mdltool.artifact import Artifact
+from mdltool.lineage import Node
+from mdltool.report import page, plots
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One eval with its model where that is still there. lineage: of the eval."""
+
+    artifact: Artifact
+    model: Artifact | None
+    lineage: Node
+
+    @property
+    def label(self) -> str:
+        return self.artifact.name
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        return self.artifact.load_json("metrics.json")
+
+    @property
+    def model_json(self) -> dict[str, Any]:
+        return self.model.load_json("model.json") if self.model is not None else {}
+
+
+def document(evals: Sequence[Evaluated]) -> str:
+    """The page of one or several evals."""
+    names = ", ".join(e.label for e in evals)
+    sections = [
+        page.section("Accuracy", headline(evals), published(evals)),
+        page.section("Parameters", parameters(evals)),
+        *(page.section(f"Learning: {e.label}", learning(e)) for e in evals if e.model is not None),
+        *(page.section(f"Classes: {e.label}", classes(e)) for e in evals),
+        page.section("Where it comes from", *(lineage(e) for e in evals)),
+    ]
+    return page.page("Action recognition report", f"mdltool report of {names}", sections)
+
+
+def headline(evals: Sequence[Evaluated]) -> str:
+    """Model x domain, with what each figure was measured on."""
+    rows: list[tuple[Any, ...]] = []
+    means: list[tuple[Any, ...]] = []
+    for e in evals:
+        metrics = e.metrics
+        for domain, entry in metrics["domains"].items():
+            clips = entry["clips"]
+            values = [_percent(entry["metrics"].get(key)) for key in ("top1", "top5", "mean_class")]
+            measured = (metrics["views"], entry["distinct_views"], entry["decoder"], entry["precision"])
+            counts = (clips["evaluated"], clips["listed"], len(clips["missing"]))
+            rows.append((e.label, domain, *values, *counts, *measured))
+        if len(metrics["domains"]) > 1:
+            values = [_percent(metrics["mean"].get(key)) for key in ("top1", "top5", "mean_class")]
+            means.append((e.label, "mean over domains", *values, "", "", "", metrics["views"], "", "", ""))
+    measured_on = ("clips", "listed", "missing", "views", "distinct", "decoder", "precision")
+    columns = ("model", "domain", "top-1 %", "top-5 %", "mean class %", *measured_on)
+    return page.table(columns, [*rows, *means], sums=len(means))
+
+
+def published(evals: Sequence[Evaluated]) -> str:
+    """Ours beside what the recipe's paper prints, where it does."""
+    rows = []
+    for e in evals:
+        recipe = e.model_json.get("recipe", {})
+        source = recipe.get("published") or {}
+        for domain, printed in source.get("top1", {}).items():
+            ours = e.metrics["domains"].get(domain, {}).get("metrics", {}).get("top1")
+            rows.append((recipe["name"], "; ".join(source["rows"]), domain, f"{printed:.2f}", _percent(ours)))
+    return page.table(
+        ("recipe", "row of the paper", "domain", "published top-1 %", "ours %"), rows, "Published rows"
+    )
+
+
+def parameters(evals: Sequence[Evaluated]) -> str:
+    """What the models consist of."""
+    rows, per_domain = [], []
+    for e in evals:
+        counts = e.model_json.get("parameters", {})
+        if counts:
+            parts = ("backbone", "heads", "adapters", "total", "norms", "trainable")
+            rows.append((e.label, *(f"{counts[part]:,}" for part in parts)))
+            for domain, own in counts.get("per_domain", {}).items():
+                per_domain.append((e.label, domain, f"{own['adapters']:,}", f"{own['head']:,}"))
+    columns = ("model", "backbone", "heads", "adapters", "total", "shared norms", "trainable")
+    whole = page.table(columns, rows, "total = backbone + heads + adapters")
+    return whole + page.table(("model", "domain", "adapters", "head"), per_domain, "Per domain")
+
+
+def learning(e: Evaluated) -> str:
+    """Loss and validation against updates, and when the best came."""
+    assert e.model is not None
+    loss: dict[str, list[tuple[float, float]]] = {}
+    top1: dict[str, list[tuple[float, float]]] = {}
+    if "metrics.jsonl" in e.model.files:
+        for line in e.model.file("metrics.jsonl").read_text().splitlines():
+            entry = json.loads(line)
+            for key, curves in (("loss", loss), ("val_top1", top1)):
+                if key in entry and "domain" in entry:
+                    curves.setdefault(entry["domain"], []).append((entry["step"], entry[key]))
+    drawn = {}
+    if loss:
+        drawn["training loss"] = plots.curves(loss, "loss")
+    if top1:
+        drawn["validation, one centre view"] = plots.curves(top1, "top-1, %", percent=True)
+    summary = e.model.summary
+    text = ""
+    if summary.get("updates") is not None:
+        text = f"{summary['updates']:,} updates in {summary['seconds']:,.0f} s."
+        if summary.get("best_step") is not None:
+            text += f" Best validation after {summary['best_step']:,} updates, {summary['seconds_to_best']:,.0f} s."
+    return (page.paragraph(text) if text else "") + page.figures(drawn)
+
+
+def classes(e: Evaluated) -> str:
+    """Per domain: bars and confusion, and the table behind a fold."""
+    confusion = e.artifact.load_json("confusion.json")
+    parts = []
+    for domain, entry in e.metrics["domains"].items():
+        own = confusion[domain]
+        drawn = {
+            "accuracy per class": plots.class_bars(entry["per_class"]),
+            "confusion, true classes in rows": plots.confusion(own["matrix"], own["classes"]),
+        }
+        rows = [(name, _percent(v["accuracy"]), v["clips"]) for name, v in entry["per_class"].items()]
+        listing = page.folded("table", page.table(("class", "accuracy %", "clips"), rows))
+        missing = [(key, reason) for key, reason in entry["clips"].get("reasons", {}).items()]
+        lost = page.table(("missing clip", "reason"), missing)
+        parts.append(page.heading(domain) + page.figures(drawn) + listing + lost)
+    return "".join(parts)
+
+
+def lineage(e: Evaluated) -> str:
+    """Every artifact behind an eval, with what shards lost to quarantine."""
+    rows = []
+    for node, depth in e.lineage.indented():
+        summary = node.artifact.summary if node.artifact is not None else {}
+        note = "; ".join(node.faults)
+        if node.kind == "shards" and summary:
+            note = f"{summary.get('clips', '?')} clips, {summary.get('quarantined', 0)} quarantined"
+        rows.append(
+            (" \u2192 " * depth + (node.role or "eval"), node.kind, Path(node.path).name, node.digest[:12], note)
+        )
+    return page.heading(e.label) + page.table(("used as", "kind", "name", "digest", ""), rows)
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.2f}"
