@@ -394,7 +394,7 @@ def _step_into(node: Any, part: str, override: str) -> Any:
 def rename_domain(recipe: Recipe, domain: str) -> Recipe:
     """The recipe with its only domain called `domain`; its number of classes is left to the data."""
     if len(recipe.domains) != 1:
-        raise MdlError("this recipe has several domains", recipe.name, "take a recipe with one, such as tiny_single")
+        raise MdlError("this recipe has several domains", recipe.name, "take one with a single domain")
     content = recipe.model_dump(mode="json", exclude_unset=True)
     (part,) = content["domains"].values()
     content["domains"] = {domain: {**part, "classes": None}}

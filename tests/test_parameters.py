@@ -1,4 +1,4 @@
-"""Parameter counts of every recipe of Omi et al.: the integers of spec omi_mdl 3.1 to 3.3, and each printed cell."""
+"""Parameter counts of every recipe of Omi et al.: the integers of spec omi_mdl 3.1 to 3.3 and each printed cell."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -30,7 +31,7 @@ from mdltool.errors import MdlError
 from mdltool.registry import did_you_mean
 
 Frames = NDArray[np.uint8]
-Array = NDArray[np.float32]
+Array = NDArray[np.floating[Any]]
 
 DEFAULT_DOMAINS = ("chalk", "neon", "field")
 GOP_FRAMES = 16

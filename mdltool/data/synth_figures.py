@@ -8,11 +8,12 @@ Distances are exact near the edge, which is all that anti-aliasing needs.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating[Any]]
 Figure = Callable[[Array, Array, float], Array]
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating[Any]]
 Colour = tuple[int, int, int]
 
 
@@ -132,7 +133,7 @@ def smooth_noise(rng: np.random.Generator, height: int, width: int, cell: int) -
 def _stretch(knots: Array, length: int, cell: int) -> Array:
     # not a matrix product: its threads cost more than they save, and its last bits depend on their number
     before, part = np.divmod(np.arange(length), cell)
-    weight = np.float32(part / cell)[:, None]
+    weight = (part / cell).astype(np.float32)[:, None]
     return knots[before] * (1 - weight) + knots[before + 1] * weight
 
 
@@ -156,7 +157,7 @@ def _ruled(rng: np.random.Generator, height: int, width: int) -> Array:
     first = int(rng.integers(pitch))
     rows = (np.arange(height) + first) % pitch < 2
     columns = (np.arange(width) + first) % pitch < 2
-    return np.float32(rows[:, None] | columns[None, :])
+    return (rows[:, None] | columns[None, :]).astype(np.float32)
 
 
 def _checker(rng: np.random.Generator, height: int, width: int) -> Array:
@@ -164,7 +165,7 @@ def _checker(rng: np.random.Generator, height: int, width: int) -> Array:
     first = int(rng.integers(cell))
     rows = (np.arange(height) + first) // cell
     columns = (np.arange(width) + first) // cell
-    return np.float32((rows[:, None] + columns[None, :]) % 2)
+    return ((rows[:, None] + columns[None, :]) % 2).astype(np.float32)
 
 
 BACKGROUNDS: dict[str, Callable[[np.random.Generator, int, int], Array]] = {

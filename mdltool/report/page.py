@@ -18,7 +18,8 @@ h3 { font-size: 1rem; margin: 1.4rem 0 .4rem }
 p, li { max-width: 46rem } .soft, caption { color: var(--soft) }
 table { border-collapse: collapse; margin: .6rem 0 1.2rem; font-variant-numeric: tabular-nums }
 caption { text-align: left; padding-bottom: .3rem }
-th, td { padding: .25rem .8rem .25rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }
+th, td { padding: .25rem .8rem .25rem 0; border-bottom: 1px solid var(--line); text-align: left;
+  vertical-align: top }
 th { font-weight: 600 } td.n, th.n { text-align: right } tr.sum td { font-weight: 600 }
 .figures { display: flex; flex-wrap: wrap; gap: 1rem 2rem; align-items: flex-start }
 figure { margin: 0; max-width: 100%; overflow-x: auto } figcaption { color: var(--soft); font-size: .9rem }

@@ -111,7 +111,7 @@ def read_checkpoint(file: Path) -> dict[str, Tensor]:
         raise MdlError(
             f"this file is no checkpoint that can be read without running code in it ({reason})",
             file,
-            "download it again, or, where it was made, save its state dict alone: torch.save(model.state_dict(), F)",
+            "download it again, or save its state dict alone where it was made: torch.save(model.state_dict(), F)",
         ) from None
     for key in ("model_state", "state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
