@@ -105,8 +105,8 @@ def _held_out(named: set[tuple[str, str]], domain: str, split: str) -> bool:
 
 
 def default_workers() -> int:
-    """Loader processes: one core is left to the model."""
-    return max(1, min(8, (os.cpu_count() or 2) - 1))
+    """Loader processes: one a core, up to 8."""
+    return min(8, os.cpu_count() or 1)
 
 
 def piped_shards() -> list[str]:

@@ -65,6 +65,8 @@ for _name in COMMANDS:
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 the user can fix it, 2 usage, 70 our defect, 75 stopped."""
     debug = "--debug" in sys.argv
+    # Before torch loads its OpenMP: threads that spin while they wait take the cores that decode the next batch.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except MdlError as error:

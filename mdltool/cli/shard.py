@@ -40,35 +40,49 @@ def register(app: typer.Typer) -> None:
     app.command("shard", epilog=_EXAMPLES)(shard)
 
 
+Source = Annotated[
+    list[Path] | None, typer.Argument(help="Folder of the videos; with --merge: the parts (or piped).")
+]
+Format = Annotated[str, typer.Option("--format", help="folder, csv, ucf101, hmdb51 or kinetics.")]
+Domain = Annotated[str, typer.Option("--domain", help="The domain's name.")]
+Split = Annotated[str, typer.Option("--split", help="train, val, test, ...")]
+Annotations = Annotated[
+    Path | None, typer.Option("--annotations", help="The CSV file, or the folder of the official lists.")
+]
+Fold = Annotated[int, typer.Option("--fold", min=1, help="Official split of UCF101 and HMDB51: 1, 2 or 3.")]
+Classes = Annotated[Path | None, typer.Option("--classes", help="Class list, one a line: fixes the labels.")]
+Encode = Annotated[str, typer.Option("--encode", help="copy (keep the bytes), h264 or jpeg.")]
+ShortSide = Annotated[int, typer.Option("--short-side", min=16, help="h264, jpeg: most pixels of it.")]
+Gop = Annotated[int, typer.Option("--gop", min=1, help="h264: frames from key frame to key frame.")]
+ShardSize = Annotated[str, typer.Option("--shard-size", help="Bytes of source files in a shard.")]
+Workers = Annotated[
+    int | None, typer.Option("--workers", min=1, help="Processes that check and encode (default: one per core).")
+]
+Part = Annotated[str, typer.Option("--part", help="Write the i-th of n shares, i from 0.", metavar="I/N")]
+Merge = Annotated[bool, typer.Option("--merge", help="Join the parts given as arguments.")]
+Verify = Annotated[str, typer.Option("--verify", help="probe: the first frame decodes; decode: all do.")]
+MaxBad = Annotated[str, typer.Option("--max-bad", help="Fail when more clips than this are unusable.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="List what would be written, and stop.")]
+
+
 def shard(
-    source: Annotated[
-        list[Path] | None, typer.Argument(help="Folder of the videos; with --merge: the parts (or piped).")
-    ] = None,
-    format: Annotated[str, typer.Option("--format", help="folder, csv, ucf101, hmdb51 or kinetics.")] = "",
-    domain: Annotated[str, typer.Option("--domain", help="The domain's name.")] = "",
-    split: Annotated[str, typer.Option("--split", help="train, val, test, ...")] = "",
-    annotations: Annotated[
-        Path | None, typer.Option("--annotations", help="The CSV file, or the folder of the official lists.")
-    ] = None,
-    fold: Annotated[int, typer.Option("--fold", min=1, help="Official split of UCF101 and HMDB51: 1, 2 or 3.")] = 1,
-    classes: Annotated[
-        Path | None, typer.Option("--classes", help="Class list, one a line: fixes the labels.")
-    ] = None,
-    encode: Annotated[str, typer.Option("--encode", help="copy (keep the bytes), h264 or jpeg.")] = "copy",
-    short_side: Annotated[int, typer.Option("--short-side", min=16, help="h264, jpeg: most pixels of it.")] = 320,
-    gop: Annotated[int, typer.Option("--gop", min=1, help="h264: frames from key frame to key frame.")] = 16,
-    shard_size: Annotated[str, typer.Option("--shard-size", help="Bytes of source files in a shard.")] = "1GB",
-    workers: Annotated[
-        int | None,
-        typer.Option("--workers", min=1, help="Processes that check and encode (default: one per core)."),
-    ] = None,
-    part: Annotated[str, typer.Option("--part", help="Write the i-th of n shares, i from 0.", metavar="I/N")] = "",
-    join: Annotated[bool, typer.Option("--merge", help="Join the parts given as arguments.")] = False,
-    verify: Annotated[
-        str, typer.Option("--verify", help="probe: the first frame decodes; decode: all do.")
-    ] = "probe",
-    max_bad: Annotated[str, typer.Option("--max-bad", help="Fail when more clips than this are unusable.")] = "1%",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be written, and stop.")] = False,
+    source: Source = None,
+    format: Format = "",
+    domain: Domain = "",
+    split: Split = "",
+    annotations: Annotations = None,
+    fold: Fold = 1,
+    classes: Classes = None,
+    encode: Encode = "copy",
+    short_side: ShortSide = 320,
+    gop: Gop = 16,
+    shard_size: ShardSize = "1GB",
+    workers: Workers = None,
+    part: Part = "",
+    merge: Merge = False,
+    verify: Verify = "probe",
+    max_bad: MaxBad = "1%",
+    dry_run: DryRun = False,
     work: options.Work = None,
     out: options.Out = None,
     as_json: options.Json = False,
@@ -80,26 +94,18 @@ def shard(
     from mdltool import console
     from mdltool.artifact import work_dir
 
-    place = work_dir(work)
-    allowed = _fraction(max_bad)
-    if join:
+    place, allowed = work_dir(work), _fraction(max_bad)
+    if merge:
         console.emit(_merge(source, out, place, allowed), as_json)
         return
+    folder = _required(source, {"--format": format, "--domain": domain, "--split": split})
     _known("--encode", encode, _ENCODINGS)
     _known("--verify", verify, _CHECKS)
-    names = {"--format": format, "--domain": domain, "--split": split}
-    if source is None or len(source) != 1 or not all(names.values()):
-        absent = [name for name, value in names.items() if not value]
-        what = f"not given: {', '.join(absent)}" if absent else "give one SOURCE folder"
-        raise typer.BadParameter(f"{what} (mdltool shard SOURCE --format F --domain D --split S)")
-    for name in ("--domain", "--split"):
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", names[name]):
-            raise MdlError(f"'{names[name]}' cannot be a name", name, "use letters, digits, '_' and '-'")
 
     from mdltool.data.encode import Encoding
     from mdltool.stages import shard as stage
 
-    dataset = stage.Dataset(source[0], format, domain, split, annotations, fold, classes)
+    dataset = stage.Dataset(folder, format, domain, split, annotations, fold, classes)
     share = _part(part) if part else None
     writing = stage.Writing(Encoding(encode, short_side, gop), _bytes(shard_size), verify == "decode", share)
     if dry_run:
@@ -108,6 +114,18 @@ def shard(
     effort = stage.Effort(workers or len(os.sched_getaffinity(0)), max_bad=allowed)
     target = out or place / "shards" / stage.default_name(dataset, share)
     console.emit(stage.run(dataset, target, writing, effort), as_json)
+
+
+def _required(source: list[Path] | None, names: dict[str, str]) -> Path:
+    """The one source. Raises a fault of usage for what is not given, MdlError for names that paths cannot hold."""
+    absent = [name for name, value in names.items() if not value]
+    if source is None or len(source) != 1 or absent:
+        what = f"not given: {', '.join(absent)}" if absent else "give one SOURCE folder"
+        raise typer.BadParameter(f"{what} (mdltool shard SOURCE --format F --domain D --split S)")
+    for name in ("--domain", "--split"):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", names[name]):
+            raise MdlError(f"'{names[name]}' cannot be a name", name, "use letters, digits, '_' and '-'")
+    return source[0]
 
 
 def _merge(paths: list[Path] | None, out: Path | None, work: Path, max_bad: float) -> Artifact:

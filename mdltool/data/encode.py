@@ -66,12 +66,13 @@ class Prepared:
 @dataclass(frozen=True)
 class Job:
     """What a worker is told. full: decode everything instead of the first frame. scratch: new files are named so,
-    plus a suffix."""
+    plus a suffix. limit_s: the time after which it counts as hanging (0: never)."""
 
     clip: Clip
     encoding: Encoding
     full: bool
     scratch: Path
+    limit_s: float = 0.0
 
 
 def prepare(job: Job) -> Prepared:

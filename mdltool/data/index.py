@@ -73,10 +73,11 @@ class ShardIndex:
             with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
                 for member in tar:
                     extension = member.name.removeprefix(f"{self.keys[i]}.")
-                    handle = tar.extractfile(member) if member.isfile() else None
-                    if extension == member.name or handle is None:
+                    if extension == member.name or not member.isreg() or member.issparse():
                         raise _damaged(path, f"'{member.name}' lies where the clip '{self.keys[i]}' should")
-                    members[extension] = handle.read()
+                    members[extension] = data[member.offset_data : member.offset_data + member.size]
+                    if len(members[extension]) != member.size:
+                        raise _damaged(path, f"'{member.name}' ends too early")
         except tarfile.TarError as error:
             raise _damaged(path, f"the clip '{self.keys[i]}' cannot be read ({error})") from None
         return members

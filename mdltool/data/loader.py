@@ -8,6 +8,7 @@ the same batches, and a run that starts at update u gets what it would have got.
 from __future__ import annotations
 
 import functools
+import math
 import signal
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from mdltool import console
 from mdltool.data.decode import decode
@@ -164,15 +165,16 @@ class _StreamReader:
         self.transform = transform
         self._orders: dict[int, np.ndarray] = {}
 
-    def load(self, position: int) -> tuple[torch.Tensor, int, list[tuple[str, str]]]:
-        """(uint8 [C, T, H, W], clip, skipped) at a position; skipped: (key, reason) of clips that do not decode."""
+    def load(self, position: int, out_CTHW: torch.Tensor) -> tuple[int, list[tuple[str, str]]]:
+        """Write a position's frames to `out_CTHW`, uint8; returns its clip and (key, reason) of those passed over."""
         epoch, offset = divmod(position, len(self.index))
         order = self._order(epoch)
         skipped: list[tuple[str, str]] = []
         for step in range(len(order)):
             clip = int(order[(offset + step) % len(order)])
             try:
-                return self._decode(clip, position), clip, skipped
+                self._decode(clip, position, out_CTHW)
+                return clip, skipped
             except VideoError as error:
                 skipped.append((self.index.keys[clip], error.reason))
         raise MdlError(
@@ -188,7 +190,7 @@ class _StreamReader:
             self._orders[epoch] = epoch_order(self.index, self.seed, epoch)
         return self._orders[epoch]
 
-    def _decode(self, clip: int, position: int) -> torch.Tensor:
+    def _decode(self, clip: int, position: int, out_CTHW: torch.Tensor) -> None:
         metadata, video = self.index.clip(clip)
         picked = np.empty(0, np.int64)
 
@@ -201,10 +203,12 @@ class _StreamReader:
             return picked.tolist()
 
         decoded = decode(video, choose, trim=trim_of(metadata))
-        clip_CTHW = self.transform(decoded.frames, _rng(self.seed, self.index.domain, _AUGMENT, position))
+        rng = _rng(self.seed, self.index.domain, _AUGMENT, position)
         if len(picked) == len(decoded.indices):
-            return clip_CTHW
-        return clip_CTHW[:, torch.from_numpy(decoded.rows(picked))]
+            self.transform(decoded.frames, rng, out_CTHW)
+        else:
+            distinct_CTHW = self.transform(decoded.frames, rng)
+            torch.index_select(distinct_CTHW, 1, torch.from_numpy(decoded.rows(picked)), out=out_CTHW)
 
 
 class _Batches(Dataset[Batch]):
@@ -216,15 +220,16 @@ class _Batches(Dataset[Batch]):
     def __getitem__(self, request: tuple[int, list[int]]) -> Batch:
         number, positions = request
         reader = self.readers[number]
-        loaded = [reader.load(position) for position in positions]
-        index = reader.index
+        index, crop = reader.index, reader.transform.crop
+        frames = _empty((len(positions), 3, reader.sampling.num_frames, crop, crop))
+        loaded = [reader.load(position, out) for position, out in zip(positions, frames, strict=True)]
         return Batch(
             domain=index.domain,
-            frames=torch.stack([frames for frames, _, _ in loaded]),
-            labels=torch.from_numpy(index.labels[[clip for _, clip, _ in loaded]]),
-            keys=[index.keys[clip] for _, clip, _ in loaded],
+            frames=frames,
+            labels=torch.from_numpy(index.labels[[clip for clip, _ in loaded]]),
+            keys=[index.keys[clip] for clip, _ in loaded],
             positions=positions,
-            skipped=[entry for _, _, skipped in loaded for entry in skipped],
+            skipped=[entry for _, skipped in loaded for entry in skipped],
         )
 
 
@@ -272,6 +277,14 @@ def _loaded(dataset: Dataset[Any], requests: Iterable[Any], workers: int) -> Ite
         if isinstance(item, MdlError):
             raise item
         yield item
+
+
+def _empty(shape: tuple[int, ...]) -> torch.Tensor:
+    """An uninitialised uint8 tensor; in a worker in shared memory, so that it is not copied on its way out."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
 def _unchanged(item: Any) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -56,17 +57,23 @@ class TrainTransform:
                 "crop <= lo <= hi",
             )
 
-    def __call__(self, frames_TCHW: Tensor, rng: np.random.Generator) -> Tensor:
-        """uint8 [T, C, H, W] -> uint8 [C, T, crop, crop]; the same draw for every frame."""
+    def __call__(self, frames_TCHW: Tensor, rng: np.random.Generator, out_CTHW: Tensor | None = None) -> Tensor:
+        """uint8 [T, C, H, W] -> uint8 [C, T, crop, crop], in `out_CTHW` if given; the same draw for every frame."""
         side = int(rng.integers(self.short_side[0], self.short_side[1] + 1))
-        frames_TCHW = resized(frames_TCHW, side)
-        height, width = frames_TCHW.shape[-2:]
+        height, width = scaled(frames_TCHW.shape[2], frames_TCHW.shape[3], side)
         y = int(rng.integers(0, height - self.crop + 1))
         x = int(rng.integers(0, width - self.crop + 1))
-        crop_TCHW = frames_TCHW[..., y : y + self.crop, x : x + self.crop]
-        if rng.random() < self.flip:
-            crop_TCHW = crop_TCHW.flip(-1)
-        return crop_TCHW.transpose(0, 1).contiguous()
+        step = -1 if rng.random() < self.flip else 1
+        if out_CTHW is None:
+            out_CTHW = torch.empty(
+                (frames_TCHW.shape[1], len(frames_TCHW), self.crop, self.crop), dtype=torch.uint8
+            )
+        clip_CTHW = out_CTHW.numpy()
+        # One by one: a scaled frame is still in the processor's cache when it is cropped.
+        for t in range(len(frames_TCHW)):
+            frame_CHW = resized(frames_TCHW[t : t + 1], side)[0].numpy()
+            clip_CTHW[:, t] = frame_CHW[:, y : y + self.crop, x : x + self.crop][..., ::step]
+        return out_CTHW
 
 
 def crop_corners(

@@ -76,15 +76,15 @@ class _Order(Generic[Task, Done]):
 class Pool(Generic[Task, Done]):
     """Worker processes that apply one function to tasks.
 
-    function: a module's function, of one argument. timeout_s: of one task; the kernel ends what runs longer, in
-    whatever code it hangs, also when this process has died. A fork server starts the workers, so that neither
-    threads nor open files of this process are copied. Use as a context manager.
+    function: a module's function, of one argument. limit_s: the seconds that a task may take; the kernel ends what
+    runs longer, in whatever code it hangs, also when this process has died. A fork server starts the workers, so
+    that neither threads nor open files of this process are copied. Use as a context manager.
     """
 
-    def __init__(self, function: Callable[[Task], Done], count: int, timeout_s: float) -> None:
+    def __init__(self, function: Callable[[Task], Done], count: int, limit_s: Callable[[Task], float]) -> None:
         self._function = function
         self._count = count
-        self._timeout_s = timeout_s
+        self._limit_s = limit_s
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([function.__module__])
         forkserver.ensure_running()  # it loads the module while this process goes on
@@ -131,7 +131,7 @@ class Pool(Generic[Task, Done]):
             worker = worker or self._start()
             worker.sent.append(item)
             with contextlib.suppress(ConnectionError):  # a death is noticed when the answers are collected
-                worker.connection.send(item.task)
+                worker.connection.send((item.task, self._limit_s(item.task)))
 
     def _collect(self, order: _Order[Task, Done], timeout_s: float | None) -> None:
         """Take the answers that are there, or wait for one."""
@@ -149,7 +149,7 @@ class Pool(Generic[Task, Done]):
 
     def _start(self) -> _Worker[Task]:
         ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=_serve, args=(theirs, self._function, self._timeout_s), daemon=True)
+        process = self._context.Process(target=_serve, args=(theirs, self._function), daemon=True)
         process.start()
         theirs.close()
         worker: _Worker[Task] = _Worker(process, ours)
@@ -169,7 +169,8 @@ class Pool(Generic[Task, Done]):
         culprit = worker.sent.popleft()
         code = worker.process.exitcode or 0
         if code == -signal.SIGALRM:
-            order.results[culprit.number] = Failed(f"it takes longer than {self._timeout_s:g} s: the decoder hangs")
+            limit_s = self._limit_s(culprit.task)
+            order.results[culprit.number] = Failed(f"it takes longer than {limit_s:.0f} s: the decoder hangs")
         elif culprit.attempt < _ATTEMPTS:
             worker.sent.appendleft(replace(culprit, attempt=culprit.attempt + 1))
         else:
@@ -178,14 +179,14 @@ class Pool(Generic[Task, Done]):
         order.again.extend(worker.sent)
 
 
-def _serve(connection: Connection, function: Callable[[Any], Any], timeout_s: float) -> None:
+def _serve(connection: Connection, function: Callable[[Any], Any]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends this process, in whatever code it is
     with contextlib.suppress(EOFError, ConnectionError):
         connection.send(_READY)
         while True:
-            task = connection.recv()
-            signal.setitimer(signal.ITIMER_REAL, timeout_s)
+            task, limit_s = connection.recv()
+            signal.setitimer(signal.ITIMER_REAL, limit_s)
             answer = _answer(function, task)
             signal.setitimer(signal.ITIMER_REAL, 0)
             connection.send(answer)

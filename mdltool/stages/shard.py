@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,9 @@ from mdltool.data.workers import Failed, Pool
 from mdltool.errors import MdlError
 from mdltool.types import Clip, Listing
 
-CLIP_TIMEOUT_S = 120.0
+CLIP_LIMIT_S = 120.0
+# Of a long video's file, that the slowest disk and decoder get through; its clip may take longer than others.
+_SLOWEST_BYTES_PER_S = 250_000
 _REASONS_SHOWN = 5
 _SCRATCH = "scratch-"
 _PART = "part.json"
@@ -77,10 +80,10 @@ class Writing:
 
 @dataclass(frozen=True)
 class Effort:
-    """What does not: worker processes, seconds that one clip may take, and the share of clips that may be bad."""
+    """What does not: worker processes, seconds that a small clip may take, share of clips that may be bad."""
 
     workers: int = 1
-    timeout_s: float = CLIP_TIMEOUT_S
+    limit_s: float = CLIP_LIMIT_S
     max_bad: float = 0.01
 
 
@@ -114,7 +117,7 @@ def run(dataset: Dataset, out: Path, writing: Writing = Writing(), effort: Effor
     for what is wrong with the annotations, and when more than `effort.max_bad` of the clips cannot be used; what
     is finished is kept then.
     """
-    with Pool(prepare, effort.workers, effort.timeout_s) as pool:
+    with Pool(prepare, effort.workers, attrgetter("limit_s")) as pool:
         listing = dataset.read()
         console.say(f"{dataset.format}: {'; '.join(listing.notes)}")
         planned = plan(listing.clips, writing.shard_bytes)
@@ -125,14 +128,14 @@ def run(dataset: Dataset, out: Path, writing: Writing = Writing(), effort: Effor
             return draft
         naming = Naming(dataset.domain, dataset.split, listing.classes, dataset.source)
         try:
-            builder = _Builder(draft.path, pool, naming, writing, len(listing.clips), effort.max_bad)
-            records = builder.build(_share(planned, writing.part))
+            shards = _share(planned, writing.part)
+            records = _Builder(draft.path, pool, naming, writing, effort, shards, len(listing.clips)).build()
             if writing.part is not None:
                 _write_part(draft.path, writing.part, planned)
             missing = [{"key": key, "reason": reason} for key, reason in sorted(listing.missing)]
             unusable = [asdict(clip) for record in records for clip in record.unusable]
-            shards = [record.as_index() for record in records if record.members]
-            return _commit(draft, naming.as_index(), shards, unusable, missing)
+            entries = [record.as_index() for record in records if record.members]
+            return _commit(draft, naming.as_index(), entries, unusable, missing)
         except BaseException:
             draft.abandon(keep=True)
             raise
@@ -165,31 +168,45 @@ class _Builder:
     """Makes the shards of one draft directory. total: clips of all parts, which --max-bad refers to."""
 
     def __init__(
-        self, folder: Path, pool: Pool[Job, Prepared], naming: Naming, writing: Writing, total: int, max_bad: float
+        self,
+        folder: Path,
+        pool: Pool[Job, Prepared],
+        naming: Naming,
+        writing: Writing,
+        effort: Effort,
+        shards: Sequence[PlannedShard],
+        total: int,
     ) -> None:
         self._folder = folder
         self._pool = pool
         self._naming = naming
         self._writing = writing
+        self._effort = effort
+        self._shards = shards
         self._total = total
-        self._max_bad = max_bad
+        self._scratch = folder / _SCRATCH
+        self._sizes = {
+            clip.video: source.size for s in shards for clip, source in zip(s.clips, s.sources, strict=True)
+        }
         self._numbers = itertools.count()
         self._records: dict[str, ShardRecord] = {}
 
-    def build(self, shards: Sequence[PlannedShard]) -> list[ShardRecord]:
+    def build(self) -> list[ShardRecord]:
         """Records of all the shards, in their order; those that an earlier run finished are kept."""
-        _remove_strays(self._folder, {name for shard in shards for name in (shard.file, shard.record_file)})
+        _remove_strays(self._folder, {name for shard in self._shards for name in (shard.file, shard.record_file)})
+        # A name of its own: a worker of a killed run may still be writing to that one's.
         self._scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=self._folder))
         try:
-            self._keep_finished(shards)
-            self._make([shard for shard in shards if shard.file not in self._records])
+            self._keep_finished()
+            self._make([shard for shard in self._shards if shard.file not in self._records])
         finally:
             shutil.rmtree(self._scratch, ignore_errors=True)
-        return [self._records[shard.file] for shard in shards]
+        return [self._records[shard.file] for shard in self._shards]
 
-    def _keep_finished(self, shards: Sequence[PlannedShard]) -> None:
+    def _keep_finished(self) -> None:
         """Take over finished shards but for those of whose failed clips one can be used this time."""
-        found = [(shard, record) for shard in shards if (record := read_record(self._folder, shard)) is not None]
+        read = ((shard, read_record(self._folder, shard)) for shard in self._shards)
+        found = [(shard, record) for shard, record in read if record is not None]
         if not found:
             return
         failed = [clip for shard, record in found for clip in _failed(shard, record)]
@@ -204,7 +221,7 @@ class _Builder:
             self._records[shard.file] = replace(record, unusable=tuple(unusable))
             if clips:
                 write_record(self._folder, shard, self._records[shard.file])
-        console.say(f"resuming: {len(self._records)} of {len(shards)} shards are finished")
+        console.say(f"resuming: {len(self._records)} of {len(self._shards)} shards are finished")
         self._refuse_too_many_bad()
 
     def _make(self, shards: Sequence[PlannedShard]) -> None:
@@ -218,12 +235,13 @@ class _Builder:
 
     def _refuse_too_many_bad(self) -> None:
         bad = [clip for record in self._records.values() for clip in record.unusable]
-        _refuse_too_many_bad(bad, self._total, self._max_bad)
+        _refuse_too_many_bad(bad, self._total, self._effort.max_bad)
 
     def _jobs(self, clips: Iterable[Clip]) -> Iterator[Job]:
         for clip in clips:
             scratch = self._scratch / str(next(self._numbers))
-            yield Job(clip, self._writing.encoding, self._writing.full_check, scratch)
+            limit_s = self._effort.limit_s + self._sizes[clip.video] / _SLOWEST_BYTES_PER_S
+            yield Job(clip, self._writing.encoding, self._writing.full_check, scratch, limit_s)
 
 
 def _failed(shard: PlannedShard, record: ShardRecord) -> list[Clip]:

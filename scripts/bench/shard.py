@@ -1,6 +1,6 @@
 """Throughput of `mdltool shard` beside plain `tar` of the same files, in the same run.
 
-    python scripts/bench/shard.py [--check] [--clips 200] [--megabytes 4] [--repetitions 5] [--dir DIR] [--cold]
+    python scripts/bench/shard.py [--check] [--clips 200] [--megabytes 6] [--repetitions 5] [--dir DIR] [--cold]
 
 Makes clips of H.264 noise in a temporary folder of DIR, then takes turns: tar, shard, tar, shard ... Both are timed
 as commands, from start to exit; tar is also waited for until its file is on the disk, as shard always is. The clips
@@ -33,7 +33,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--clips", type=int, default=200)
-    parser.add_argument("--megabytes", type=float, default=4.0, help="of one clip")
+    parser.add_argument("--megabytes", type=float, default=6.0, help="of one clip")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--dir", type=Path, help="a folder on the disk to measure")
     parser.add_argument("--cold", action="store_true", help="source files out of the page cache")
