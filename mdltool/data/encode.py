@@ -55,7 +55,8 @@ class Encoding:
 class Prepared:
     """A clip ready to be stored. path: the file to store, the source itself or a temporary one.
 
-    meta: width, height (upright), frames, duration_s, and trim [start_s, stop_s] for a cut segment.
+    meta: width, height (upright), frames, duration_s, and trim [start_s, stop_s] for a cut segment. Of a whole
+    file that was not decoded, frames and duration_s are what its container lists.
     """
 
     path: Path
@@ -84,7 +85,8 @@ def prepare(job: Job) -> Prepared:
         path = encode(clip.video, clip.start_s, clip.end_s, encoding, job.scratch)
         return Prepared(path, True, _meta(path, False))
     if not clip.is_segment:
-        return Prepared(clip.video, False, _meta(clip.video, job.full))
+        meta = None if job.full else _glance(clip.video)
+        return Prepared(clip.video, False, meta or _meta(clip.video, job.full))
     cut = cut_segment(clip.video, clip.start_s, clip.end_s, job.scratch)
     return Prepared(cut.path, True, _meta(cut.path, job.full, cut.trim))
 
@@ -98,6 +100,25 @@ def _meta(path: Path, full: bool, trim: tuple[float, float] | None = None) -> di
         "duration_s": round(info.duration_s, 6),
     }
     return meta if trim is None else {**meta, "trim": [round(time, 9) for time in trim]}
+
+
+def _glance(video: Path) -> dict[str, Any] | None:
+    """The metadata by the container's own word and one decoded frame, or None where these do not suffice.
+
+    Reads the beginning of the file only, where check_video reads it all to see every packet's time.
+    """
+    container, stream = open_video(video)
+    with container:
+        if not stream.frames or not stream.duration or not stream.time_base:
+            return None
+        frame = next(_decoded(demux(container, stream), stream), None)
+        if frame is None:
+            return None
+        width, height = frame.width, frame.height
+        if quarter_turns(frame.rotation) % 2:
+            width, height = height, width
+        duration_s = round(float(stream.duration * stream.time_base), 6)
+        return {"width": width, "height": height, "frames": stream.frames, "duration_s": duration_s}
 
 
 def encode(video: Path, start_s: float | None, end_s: float | None, encoding: Encoding, out: Path) -> Path:

@@ -31,6 +31,8 @@ from mdltool.types import Batch
 
 DOMAIN_ORDERS = ("sequential", "shuffled", "random")
 _WINDOW_SHARDS = 8
+# The trainer decides when to stop; workers end with it.
+_TRAINERS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 # What a random number is for; with the seed, the domain and a position it decides the number.
 _ORDER, _START, _AUGMENT, _DOMAINS = range(4)
 
@@ -166,7 +168,7 @@ class _StreamReader:
         self._orders: dict[int, np.ndarray] = {}
 
     def load(self, position: int, out_CTHW: torch.Tensor) -> tuple[int, list[tuple[str, str]]]:
-        """Write a position's frames to `out_CTHW`, uint8; returns its clip and (key, reason) of those passed over."""
+        """Write a position's frames to `out_CTHW`; returns its clip and (key, reason) of those passed over."""
         epoch, offset = divmod(position, len(self.index))
         order = self._order(epoch)
         skipped: list[tuple[str, str]] = []
@@ -273,7 +275,13 @@ def _loaded(dataset: Dataset[Any], requests: Iterable[Any], workers: int) -> Ite
         prefetch_factor=2 if workers else None,
         generator=torch.Generator(),  # else iterating draws from the global one, which training has to keep exact
     )
-    for item in loader:
+    # Blocked until the workers have started, who inherit that: a signal must not find one before it ignores it.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _TRAINERS_SIGNALS)
+    try:
+        items = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    for item in items:
         if isinstance(item, MdlError):
             raise item
         yield item
@@ -292,8 +300,7 @@ def _unchanged(item: Any) -> Any:
 
 
 def _start_worker(_: int) -> None:
-    # The trainer decides when to stop; workers end with it.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in _TRAINERS_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
 

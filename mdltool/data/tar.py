@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import tarfile
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 
 _RECORD_BYTES = tarfile.RECORDSIZE
 _BUFFER_BYTES = 1 << 20
+_THREAD_BYTES = 1 << 16  # less is hashed sooner than handed over
 # So often the kernel is told to begin writing to the disk; left alone it begins at the final fsync.
 _FLUSH_BYTES = 64 << 20
 
@@ -23,14 +26,16 @@ class ReadFault(Exception):
 class TarWriter:
     """A tar being written to `path`; other bytes of an existing file are lost.
 
-    Members are regular files of mode 0644 without owner and date, in POSIX (pax) format. size: bytes so far.
-    sha256: of the whole file, after `close`.
+    Members are regular files of mode 0644 without owner and date, in POSIX (pax) format. A thread hashes one buffer
+    while the next is read and written. size: bytes so far. sha256: of the whole file, after `close`.
     """
 
     def __init__(self, path: Path) -> None:
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115 - closed by close and abandon
         self._hash = hashlib.sha256()
-        self._buffer = memoryview(bytearray(_BUFFER_BYTES))
+        self._thread = ThreadPoolExecutor(1)
+        self._hashing: Future[None] | None = None
+        self._buffers = itertools.cycle([memoryview(bytearray(_BUFFER_BYTES)) for _ in range(2)])
         self._flushed = 0
         self.size = 0
 
@@ -49,23 +54,26 @@ class TarWriter:
         self._write(_header(name, size))
         left = size
         while left:
+            buffer = next(self._buffers)
             try:
-                count = source.readinto(self._buffer[: min(left, _BUFFER_BYTES)])
+                count = source.readinto(buffer[: min(left, _BUFFER_BYTES)])
             except OSError as error:
                 raise ReadFault(f"the file cannot be read ({error.strerror})") from error
             if not count:
                 raise ReadFault("the file changed while it was being read")
-            self._write(self._buffer[:count])
+            self._write(buffer[:count])
             left -= count
         self._pad(tarfile.BLOCKSIZE)
 
     @contextmanager
     def whole(self) -> Iterator[None]:
         """Members added inside stand in the tar all together, or not at all when an exception passes."""
+        self._finish_hash()
         size, hashed = self.size, self._hash.copy()
         try:
             yield
         except BaseException:
+            self._finish_hash()
             self._file.seek(size)
             self._file.truncate()
             self.size, self._hash = size, hashed
@@ -75,18 +83,29 @@ class TarWriter:
         """End the tar and wait until it is on the disk."""
         self._write(bytes(2 * tarfile.BLOCKSIZE))
         self._pad(_RECORD_BYTES)
+        self._finish_hash()
         os.fsync(self._file.fileno())
-        self._file.close()
+        self.abandon()
 
     def abandon(self) -> None:
         """Close the file as it is."""
+        self._thread.shutdown()
         self._file.close()
+
+    def _finish_hash(self) -> None:
+        if self._hashing is not None:
+            self._hashing.result()
+            self._hashing = None
 
     def _pad(self, multiple: int) -> None:
         self._write(bytes(-self.size % multiple))
 
     def _write(self, data: bytes | memoryview) -> None:
-        self._hash.update(data)
+        self._finish_hash()
+        if len(data) < _THREAD_BYTES:
+            self._hash.update(data)
+        else:
+            self._hashing = self._thread.submit(self._hash.update, data)
         view = memoryview(data)
         while view:
             view = view[self._file.write(view) :]

@@ -280,7 +280,9 @@ def _remove_strays(folder: Path, expected: set[str]) -> None:
 
 
 def _own_names(folder: Path) -> set[str]:
-    return {p.name for p in folder.iterdir() if p.name.startswith((SHARD_PREFIX, _SCRATCH))}
+    """What may not be in the artifact unless expected; a kill may leave any file half-written, as .tmp."""
+    names = {path.name for path in folder.iterdir()}
+    return {name for name in names if name.startswith((SHARD_PREFIX, _SCRATCH)) or name.endswith(".tmp")}
 
 
 def _write_part(folder: Path, part: tuple[int, int], planned: Sequence[PlannedShard]) -> None:

@@ -98,6 +98,14 @@ def test_the_same_generator_gives_the_same_clip() -> None:
     assert torch.equal(one, two)
 
 
+def test_a_clip_can_be_written_in_place() -> None:
+    transform = TrainTransform((40, 56), 32, 0.5)
+    batch = torch.zeros((2, 3, 3, 32, 32), dtype=torch.uint8)
+    transform(frames(3, 48, 64), np.random.default_rng(5), batch[1])
+    assert torch.equal(batch[1], transform(frames(3, 48, 64), np.random.default_rng(5)))
+    assert not batch[0].any()
+
+
 def test_crops_of_256_by_340() -> None:
     assert crop_corners(256, 340, 224, 3) == [(16, 0), (16, 58), (16, 116)]
     assert crop_corners(256, 340, 224, 1) == [(16, 58)]

@@ -69,6 +69,19 @@ class TestInterrupted:
         fresh = run(dataset(videos), tmp_path / "fresh", Writing(shard_bytes=SMALL))
         assert contents(open_artifact(ran.path)) == contents(fresh)
 
+    def test_what_a_kill_leaves_half_written_does_not_come_in(self, videos: Path, tmp_path: Path) -> None:
+        partial = tmp_path / "out.partial"
+        with pytest.raises(MdlError, match="cannot be used"):
+            (videos / "box" / "empty.mp4").touch()
+            run(dataset(videos), tmp_path / "out", Writing(shard_bytes=SMALL))
+        (videos / "box" / "empty.mp4").write_bytes(make_video(9))
+        for name in ("artifact.json.tmp", "index.json.tmp", "shard-000000.tar.tmp", "shard-000099.tar"):
+            (partial / name).write_text("half")
+        (partial / "scratch-old").mkdir()
+        resumed = run(dataset(videos), tmp_path / "out", Writing(shard_bytes=SMALL))
+        assert contents(resumed) == contents(run(dataset(videos), tmp_path / "fresh", Writing(shard_bytes=SMALL)))
+        (videos / "box" / "empty.mp4").unlink()
+
     @pytest.mark.parametrize("mode", ["copy", "jpeg"])
     def test_killed_and_run_again_gives_the_same_bytes(self, videos: Path, tmp_path: Path, mode: str) -> None:
         out, command = _command(videos, tmp_path, mode)
