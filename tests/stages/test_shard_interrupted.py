@@ -21,6 +21,7 @@ from mdltool.data.tar import TarWriter
 from mdltool.errors import MdlError
 from mdltool.stages.shard import Writing, run
 from tests.conftest import Ran
+from tests.data.tiny_shards import make_video
 from tests.stages.class_folders import SMALL, contents, dataset, make_videos
 
 
@@ -70,17 +71,19 @@ class TestInterrupted:
         assert contents(open_artifact(ran.path)) == contents(fresh)
 
     def test_what_a_kill_leaves_half_written_does_not_come_in(self, videos: Path, tmp_path: Path) -> None:
-        partial = tmp_path / "out.partial"
+        source = tmp_path / "videos"
+        shutil.copytree(videos, source)
+        mended = source / "box" / "mended.mp4"
+        mended.touch()
         with pytest.raises(MdlError, match="cannot be used"):
-            (videos / "box" / "empty.mp4").touch()
-            run(dataset(videos), tmp_path / "out", Writing(shard_bytes=SMALL))
-        (videos / "box" / "empty.mp4").write_bytes(make_video(9))
+            run(dataset(source), tmp_path / "out", Writing(shard_bytes=SMALL))
+        mended.write_bytes(make_video(9))
+        partial = tmp_path / "out.partial"
         for name in ("artifact.json.tmp", "index.json.tmp", "shard-000000.tar.tmp", "shard-000099.tar"):
             (partial / name).write_text("half")
         (partial / "scratch-old").mkdir()
-        resumed = run(dataset(videos), tmp_path / "out", Writing(shard_bytes=SMALL))
-        assert contents(resumed) == contents(run(dataset(videos), tmp_path / "fresh", Writing(shard_bytes=SMALL)))
-        (videos / "box" / "empty.mp4").unlink()
+        resumed = run(dataset(source), tmp_path / "out", Writing(shard_bytes=SMALL))
+        assert contents(resumed) == contents(run(dataset(source), tmp_path / "fresh", Writing(shard_bytes=SMALL)))
 
     @pytest.mark.parametrize("mode", ["copy", "jpeg"])
     def test_killed_and_run_again_gives_the_same_bytes(self, videos: Path, tmp_path: Path, mode: str) -> None:
@@ -128,7 +131,8 @@ def _finished(out: Path) -> int:
 
 def _check_whole(command: list[str], out: Path, videos: Path, folder: Path, mode: str) -> None:
     """The command completes now, and what it made is what an undisturbed run makes."""
-    subprocess.run(command, check=True, capture_output=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     fresh = run(dataset(videos), folder / "fresh", Writing(Encoding(mode), SMALL))
     assert contents(open_artifact(out)) == contents(fresh)
     assert open_artifact(out).digest == fresh.digest
