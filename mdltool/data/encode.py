@@ -25,9 +25,10 @@ from mdltool.data.video import VideoError
 from mdltool.types import Clip
 
 MODES = ("copy", "h264", "jpeg")
-# x264's macroblock tree reads memory that it never wrote: pictures of up to some 80 pixels' width come out other
-# from one run to the next.
-_H264_OPTIONS = {"crf": "20", "preset": "fast", "mbtree": "0"}
+# x264's macroblock tree, on CPUs with AVX-512, reads memory that it never wrote: the same frames come out as other
+# bytes from one time to the next, and from one CPU to another. Whoever encodes with libx264 here adds these.
+REPRODUCIBLE_H264 = {"mbtree": "0", "threads": "1"}
+_H264_OPTIONS = {"crf": "20", "preset": "fast", **REPRODUCIBLE_H264}
 _JPEG_QUANTIZER = 3
 _REORDERED_FRAMES = 8
 

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from mdltool import console
 from mdltool.artifact import write_text
+from mdltool.data.encode import REPRODUCIBLE_H264
 from mdltool.data.synth_figures import APPEARANCE, MOVERS, Figure
 from mdltool.data.synth_looks import LOOKS, Look, paint_background, smooth_noise
 from mdltool.errors import MdlError
@@ -198,32 +199,17 @@ def _write(job: _Job) -> int:
 
 def _encode(frames: Frames, fps: int, path: Path) -> None:
     """H.264 in MP4. One thread and a fixed keyframe distance: the bytes depend on the frames alone."""
-    options = {"preset": "veryfast", "crf": "20", "threads": "1", "bf": "0", "sc_threshold": "0"}
+    options = {"preset": "veryfast", "crf": "20", "bf": "0", "sc_threshold": "0", **REPRODUCIBLE_H264}
     with av.open(str(path), "w", format="mp4", options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream("libx264", rate=fps, options=options)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         stream.gop_size = GOP_FRAMES
         for picture in frames:
-            for packet in stream.encode(av.VideoFrame.from_ndarray(_planes(picture), "yuv420p")):
+            for packet in stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")):
                 container.mux(packet)
         for packet in stream.encode():
             container.mux(packet)
-
-
-def _planes(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """RGB [H, W, 3] to the planes of yuv420p [H * 3 / 2, W], BT.601, in integers.
-
-    swscale's conversion of narrow pictures gives other bytes about once in forty clips.
-    """
-    red, green, blue = (picture[..., i].astype(np.int32) for i in range(3))
-    luma = ((66 * red + 129 * green + 25 * blue + 128) >> 8) + 16
-    chroma_u = ((112 * blue - 38 * red - 74 * green + 128) >> 8) + 128
-    chroma_v = ((112 * red - 94 * green - 18 * blue + 128) >> 8) + 128
-    height, width = luma.shape
-    blocks = (height // 2, 2, width // 2, 2)
-    halved = [((c.reshape(blocks).sum((1, 3)) + 2) >> 2).reshape(-1, width) for c in (chroma_u, chroma_v)]
-    return np.concatenate([luma, *halved]).astype(np.uint8)
 
 
 def _played(course: str) -> tuple[str, ...]:
