@@ -7,12 +7,15 @@ the same batches, and a run that starts at update u gets what it would have got.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import math
+import multiprocessing
 import signal
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import numpy as np
@@ -275,16 +278,39 @@ def _loaded(dataset: Dataset[Any], requests: Iterable[Any], workers: int) -> Ite
         prefetch_factor=2 if workers else None,
         generator=torch.Generator(),  # else iterating draws from the global one, which training has to keep exact
     )
+    items, processes = _started(loader)
+    end = functools.partial(_kill, processes)
+    # An exception on its way out keeps this generator alive, and Python would wait for what ignores its SIGTERM.
+    atexit.register(end)
+    try:
+        for item in items:
+            if isinstance(item, MdlError):
+                raise item
+            yield item
+    finally:
+        del items  # asks the workers to end
+        end()  # one that hangs in a video does not
+        atexit.unregister(end)
+
+
+def _started(loader: DataLoader[Any]) -> tuple[Iterator[Any], list[BaseProcess]]:
+    """The loader's iterator and its workers."""
+    others = set(multiprocessing.active_children())
     # Blocked until the workers have started, who inherit that: a signal must not find one before it ignores it.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _TRAINERS_SIGNALS)
     try:
         items = iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    for item in items:
-        if isinstance(item, MdlError):
-            raise item
-        yield item
+    return items, [child for child in multiprocessing.active_children() if child not in others]
+
+
+def _kill(processes: Sequence[BaseProcess]) -> None:
+    alive = [process for process in processes if process.is_alive()]
+    if alive:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would take their end for a fault
+    for process in alive:
+        process.kill()
 
 
 def _empty(shape: tuple[int, ...]) -> torch.Tensor:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import collections
 import itertools
+import multiprocessing
 import os
 import pickle
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -285,3 +287,24 @@ def test_workers_ignore_the_signals_that_the_trainer_answers(indices: list[Shard
     )
     assert (done.returncode, done.stdout.strip()) == (0, "11"), done.stderr
     assert signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN  # and nothing changed here
+
+
+class _Hanging(torch.utils.data.Dataset[int]):
+    """Its second item does not come; as a decoder that loops, it hears no signal."""
+
+    def __getitem__(self, request: int) -> int:
+        if request:
+            time.sleep(3600)
+        return os.getpid()
+
+
+def test_a_worker_that_hangs_in_a_video_ends_with_its_loader() -> None:
+    items = loader_module._loaded(_Hanging(), [0, 1], workers=1)
+    worker = next(items)
+    os.kill(worker, 0)  # lives
+    items.close()
+    deadline = time.monotonic() + 10
+    while worker in {child.pid for child in multiprocessing.active_children()} and time.monotonic() < deadline:
+        time.sleep(0.01)
+    with pytest.raises(ProcessLookupError):
+        os.kill(worker, 0)
