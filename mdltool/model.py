@@ -14,13 +14,15 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from mdltool.adapters import ADAPTERS
-from mdltool.adapters.base import AdaptedSite, Route, Wrapper, attach, library_modules, library_tensors
+from mdltool.adapters.base import AdaptedSite, AdapterOptions, AnyAdapter, attach
+from mdltool.adapters.domain_norm import BATCH_NORMS as BATCH_NORM_LAYERS
 from mdltool.adapters.domain_norm import DomainBatchNorm, attach_domain_norms
 from mdltool.backbones import BACKBONES
-from mdltool.backbones.base import Backbone
+from mdltool.backbones.base import Backbone, some
 from mdltool.errors import MdlError
 from mdltool.registry import did_you_mean
-from mdltool.types import Site
+from mdltool.types import Place, Site
+from mdltool.wrapping import DomainWrapper, library_modules, library_tensors
 
 RESERVED_DOMAINS = ("backbone", "shared", "head")
 REGIMES = ("frozen", "joint", "heads", "full", "adapters")
@@ -69,19 +71,21 @@ class MultiDomainModel(nn.Module):
     def __init__(self, backbone: Backbone, spec: ModelSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.route = Route()
+        self.route = backbone.route
         self.backbone = backbone
         self.norms: dict[str, DomainBatchNorm] = {}
         self.sites: dict[str, AdaptedSite] = {}
         self._eval_modules: list[nn.Module] = []
-        sites = _sites_of(backbone, spec.adapters)
+        parts = [(entry, *_method_of(entry)) for entry in spec.adapters]
+        sites = _sites_of(backbone, parts)
         if spec.bn in _DOMAIN_NORMS:
             affine = spec.bn == "per_domain"
             self.norms = attach_domain_norms(backbone.net, spec.domains, affine, self.route)
-        for entry, chosen in zip(spec.adapters, sites, strict=True):
-            method = ADAPTERS.load(entry.type, "adapters.type")
-            options = parse_options(method.Options, entry.options, f"adapters ({entry.type})")
-            self.sites |= attach(backbone.net, chosen, spec.domains, method, options, self.route)
+        backbone.open_blocks(site.block for chosen in sites for site in chosen if site.block is not None)
+        for (entry, method, options), chosen in zip(parts, sites, strict=True):
+            for name, wrapper in attach(backbone.net, chosen, spec.domains, method, options, self.route).items():
+                # State is stored by site; a second adapter at a site adds its type.
+                self.sites[name if name not in self.sites else f"{name}+{entry.type}"] = wrapper
         self.dropout = nn.Dropout(spec.dropout)
         heads = {d: nn.Linear(backbone.feature_dim, outputs) for d, outputs in spec.domains.items()}
         self.heads = nn.ModuleDict(heads)
@@ -111,7 +115,7 @@ class MultiDomainModel(nn.Module):
         """As nn.Module.train, but what the regime froze stays in eval mode."""
         super().train(mode)
         for module in self._eval_modules:
-            module.eval()
+            module.training = False
         return self
 
     def apply_regime(self, regime: str, bn: str | None = None) -> None:
@@ -139,14 +143,17 @@ class MultiDomainModel(nn.Module):
             if self.spec.bn == "per_domain":
                 norm.inner.requires_grad_(False)  # each domain has its own; the library's copy idles
         self.heads.requires_grad_(regime != "adapters")
-        frozen_norms = self.backbone_norms() if bn == "frozen" else []
-        self._eval_modules = list(frozen_norms)
+        norms = self.backbone_norms()
+        self._eval_modules = list(norms) if bn == "frozen" else []
+        if not trains_backbone:  # no dropout and no stochastic depth in what is frozen; its wrappers train
+            own = {id(norm) for norm in norms}
+            self._eval_modules += [m for _, m in library_modules(self.backbone.net) if id(m) not in own]
         if not trains_adapters:
-            self._eval_modules += [wrapper.adapters for wrapper in self.sites.values()]
+            self._eval_modules += [m for wrapper in self.sites.values() for m in wrapper.adapters.modules()]
 
     def backbone_norms(self) -> list[nn.Module]:
         """Every BatchNorm of the backbone itself, the wrappers of per-domain ones included."""
-        own = [m for _, m in library_modules(self.backbone.net) if isinstance(m, nn.BatchNorm3d)]
+        own = [m for _, m in library_modules(self.backbone.net) if isinstance(m, BATCH_NORM_LAYERS)]
         return own + list(self.norms.values())
 
     def tensors(self, with_backbone: bool = True) -> dict[str, Tensor]:
@@ -177,7 +184,7 @@ class MultiDomainModel(nn.Module):
             for key, tensor in own.items():
                 tensor.copy_(state[key])
 
-    def _wrappers(self) -> Iterator[tuple[str, Wrapper]]:
+    def _wrappers(self) -> Iterator[tuple[str, DomainWrapper]]:
         yield from self.sites.items()
         yield from self.norms.items()
 
@@ -204,11 +211,16 @@ class MultiDomainModel(nn.Module):
             "adapters": adapters,
             "norms": count(shared),
             "streams": 0,
-            "projection": 0,
+            "projection": self.backbone.projection_parameters,
             "training_only": 0,
             "trainable": sum(p.numel() for p in self.parameters() if p.requires_grad),
             "per_domain": per_domain,
         }
+
+
+def _method_of(entry: AdapterSpec) -> tuple[type[AnyAdapter], AdapterOptions]:
+    method = ADAPTERS.load(entry.type, "adapters.type")
+    return method, parse_options(method.Options, entry.options, f"adapters ({entry.type})")
 
 
 def build_backbone(spec: ModelSpec) -> Backbone:
@@ -244,30 +256,46 @@ def parse_options(schema: Any, values: Mapping[str, Any], where: str) -> Any:
         raise MdlError("; ".join(faults), where, f"keys: {', '.join(schema.model_fields)}") from None
 
 
-def _sites_of(backbone: Backbone, adapters: Iterable[AdapterSpec]) -> list[list[Site]]:
-    adapters = list(adapters)
-    if not adapters:
+def _sites_of(
+    backbone: Backbone, parts: Iterable[tuple[AdapterSpec, type[AnyAdapter], AdapterOptions]]
+) -> list[list[Site]]:
+    parts = list(parts)
+    if not parts:
         return []
-    declared = tuple(backbone.site_paths())
-    chosen = [choose_sites(entry.sites, declared) for entry in adapters]
+    declared = backbone.places()
+    chosen = [choose_sites(entry.sites, declared, method, options) for entry, method, options in parts]
     extra = tuple(name for names in chosen for name in names if name not in declared)
     sites = backbone.sites(extra)
     return [[sites[name] for name in names] for names in chosen]
 
 
-def choose_sites(sites: str | list[str], declared: tuple[str, ...]) -> list[str]:
-    """`all`, `early-x` (the first x), `late-x` (the last x), or a list of site names or module paths."""
+def choose_sites(
+    sites: str | list[str], declared: Mapping[str, Place], method: type[AnyAdapter], options: AdapterOptions
+) -> list[str]:
+    """`all` that the method takes, `early-x` (those in the first x layers), `late-x` (in the last x), or a list of
+    site names or module paths.
+    """
     if isinstance(sites, list):
         return sites
+    taken = {name: place for name, place in declared.items() if method.takes(place, options)}
+    if not taken:
+        kinds = sorted({place.kind for place in declared.values()})
+        raise MdlError(
+            f"the backbone has no site for this adapter, which takes kind {' or '.join(sorted(method.kinds))}",
+            "adapters.type",
+            f"an adapter for one of the backbone's kinds: {', '.join(kinds)}",
+        )
     if sites == "all":
-        return list(declared)
+        return list(taken)
+    layers = sorted({place.layer for place in taken.values()})
     side, _, number = sites.partition("-")
-    if side in ("early", "late") and number.isdigit() and 1 <= int(number) <= len(declared):
-        return list(declared[: int(number)] if side == "early" else declared[-int(number) :])
+    if side in ("early", "late") and number.isdigit() and 1 <= int(number) <= len(layers):
+        wanted = layers[: int(number)] if side == "early" else layers[-int(number) :]
+        return [name for name, place in taken.items() if place.layer in wanted]
     raise MdlError(
         f"'{sites}' is no choice of sites",
         "adapters.sites",
-        f"all, early-x or late-x with x from 1 to {len(declared)}, or a list of {', '.join(declared)}",
+        f"all, early-x or late-x with x from 1 to {len(layers)}, or a list of {some(taken)}",
     )
 
 

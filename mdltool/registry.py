@@ -41,4 +41,12 @@ class Table:
         if name not in self.entries:
             raise MdlError(f"there is no {self.noun} '{name}'", where, did_you_mean(name, self.entries))
         module, _, attribute = self.entries[name].partition(":")
-        return getattr(importlib.import_module(module), attribute)
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            if package in ("", "mdltool"):
+                raise
+            raise MdlError(
+                f"the {self.noun} '{name}' needs the package {package}", where, f"pip install {package}"
+            ) from None

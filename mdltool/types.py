@@ -45,12 +45,41 @@ class Listing:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a declared site is, before its shape is known.
+
+    path: dotted module path in the library's network, or in an opened block. kind: stage, block, attention, mlp,
+    conv, linear. role: which of a block's places, e.g. "mid". layer: the block or stage, from 1. block: path of the
+    block that has to be opened for it; None: none.
+    """
+
+    path: str
+    kind: str
+    role: str = ""
+    layer: int = 0
+    block: str | None = None
+
+
+@dataclass(frozen=True)
+class ModuleShape:
+    """What a convolution or linear layer at a site is. out_channels: size of its output's C; parts: how many
+    projections a fused linear layer holds (3 for qkv). kernel, stride: one number per spatial axis.
+    """
+
+    out_channels: int
+    kernel: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    groups: int = 1
+    parts: int = 1
+
+
+@dataclass(frozen=True)
 class Site:
     """A named place in a backbone where an adapter can attach.
 
-    path: dotted module path inside the library's network. kind: stage, block, attention, mlp, conv, linear.
-    layout: the axes of the tensor that an adapter sees, e.g. "BCTHW". channels: size of C.
-    grid: (T, H, W) at the configured clip shape.
+    path, kind, role, layer, block: as Place says. layout: the axes of the tensor that an adapter sees, e.g. "BCTHW"
+    or a TokenGrid's layout. channels: size of C, of the input where `shape` is given. grid: (T, H, W) at the
+    configured clip shape. window: an attention's (T, H, W) window where it has one.
     """
 
     name: str
@@ -59,6 +88,11 @@ class Site:
     layout: str
     channels: int
     grid: tuple[int, int, int]
+    role: str = ""
+    layer: int = 0
+    block: str | None = None
+    shape: ModuleShape | None = None
+    window: tuple[int, int, int] | None = None
 
 
 @dataclass(frozen=True)

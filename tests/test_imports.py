@@ -13,7 +13,7 @@ ROOT = Path(mdltool.__file__).parent
 # A module may import from its own tier and the ones before it.
 TIERS = (
     ("errors",),
-    ("registry", "types", "artifact", "lineage", "console"),
+    ("registry", "types", "artifact", "lineage", "console", "wrapping"),
     ("tasks", "adapters", "backbones", "losses"),
     ("model", "model_store", "train", "evaluate", "compress", "data", "report"),
     ("recipe",),

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from mdltool.adapters.base import library_tensors
 from mdltool.errors import MdlError
-from mdltool.model import ModelSpec, build_backbone, build_model, choose_sites, reuse_classifier
+from mdltool.model import ModelSpec, build_backbone, build_model, reuse_classifier
+from mdltool.wrapping import library_tensors
 from tests.models import clips, tiny_model, tiny_spec
 
 
@@ -58,7 +58,7 @@ def test_multihead_has_neither_adapters_nor_shared_norms() -> None:
 @pytest.mark.parametrize("sites", ["early-0", "late-6", "middle-1", "early-x"])
 def test_a_wrong_placement_is_refused(sites: str) -> None:
     with pytest.raises(MdlError, match="no choice of sites"):
-        choose_sites(sites, ("stage1", "stage2", "stage3", "stage4", "stage5"))
+        tiny_model(sites=sites)
 
 
 def test_shared_norm_is_one_tensor_whatever_the_number_of_domains() -> None:

@@ -8,6 +8,13 @@ ADAPTERS = Table(
         "2d": "mdltool.adapters.stage_conv:Conv2dAdapter",
         "2plus1d": "mdltool.adapters.stage_conv:Conv2Plus1dAdapter",
         "3d": "mdltool.adapters.stage_conv:Conv3dAdapter",
+        "mhva": "mdltool.adapters.mhva:MhvaAdapter",
+        "adaptformer": "mdltool.adapters.mhva:AdaptFormerAdapter",
+        "prefix": "mdltool.adapters.prefix:PrefixAdapter",
+        "st": "mdltool.adapters.st_adapter:StAdapter",
+        "mst": "mdltool.adapters.mst_adapter:MstAdapter",
+        "cls_shift": "mdltool.adapters.cls_shift:ClassTokenShift",
+        "lora": "mdltool.adapters.lora:LoraAdapter",
         "2d_tmix": "mdltool.adapters.frame_mixing:FrameMixingAdapter",
     },
 )

@@ -1,23 +1,25 @@
 """Adapters and how they attach to a network they do not know.
 
-`attach` replaces the module at each site by a wrapper around it, once. A wrapper holds one adapter per domain and
-what the domains share, and asks the model's Route which domain is active. Nothing else of the network changes, so
+`attach` replaces the module at each site by a wrapper around it. A wrapper holds one adapter per domain and what
+the domains share, and asks the model's Route which domain is active. Nothing else of the network changes, so
 `detach` restores the library's own modules and keys.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import ClassVar
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from mdltool.errors import MdlError
-from mdltool.types import Site
+from mdltool.types import Place, Site
+from mdltool.wrapping import DomainWrapper, Route, TokenGrid, find, replace
 
-Inner = Callable[[Tensor], Tensor]
+Inner = Callable[..., Tensor]
 
 
 class AdapterOptions(BaseModel):
@@ -26,18 +28,20 @@ class AdapterOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Adapter(nn.Module, ABC):
-    """A small module for one site and one domain.
-
-    `forward(inner, x)` decides how it composes with the site's own module: after it, beside it, or around it.
-    """
+class AnyAdapter(nn.Module, ABC):
+    """A small module for one site and one domain, made by `method(site, options)`."""
 
     kinds: ClassVar[frozenset[str]]
     Options: ClassVar[type[AdapterOptions]] = AdapterOptions
 
     @abstractmethod
-    def forward(self, inner: Inner, x: Tensor) -> Tensor:
-        """The site's output for input x; `inner` is the site's own module."""
+    def __init__(self, site: Site, options: Any) -> None:
+        super().__init__()
+
+    @classmethod
+    def takes(cls, place: Place, options: Any) -> bool:
+        """Whether `sites: all` includes a place: by its kind, and by what the options say of it."""
+        return place.kind in cls.kinds
 
     @classmethod
     def shared(cls, site: Site, options: AdapterOptions) -> nn.Module | None:
@@ -45,55 +49,108 @@ class Adapter(nn.Module, ABC):
         return None
 
 
-class Route:
-    """Which domain the wrappers of one model serve now. The model sets it at the start of every forward."""
-
-    def __init__(self, domain: str | None = None) -> None:
-        self.domain = domain
-
-
-class Wrapper(nn.Module, ABC):
-    """A module around a library's module, which keeps its state under `inner`."""
-
-    def __init__(self, inner: nn.Module, route: Route) -> None:
-        super().__init__()
-        self.inner = inner
-        self.route = route
+class Adapter(AnyAdapter):
+    """`forward(inner, x)` decides how it composes with the site's own module: after it, beside it, or around it."""
 
     @abstractmethod
-    def domain_modules(self) -> Mapping[str, nn.Module]:
-        """What each domain owns here: parameters and buffers."""
+    def forward(self, inner: Inner, x: Tensor) -> Tensor:
+        """The site's output for input x; `inner` is the site's own module."""
 
 
-class AdaptedSite(Wrapper):
+class TokenOptions(AdapterOptions):
+    """layers: the blocks that adapters go to, from 1, e.g. "1-4" or "1-4,9-12"; None: all."""
+
+    layers: Annotated[str, AfterValidator(lambda text: _ranges(text) and text)] | None = None
+
+
+class TokenAdapter(AnyAdapter):
+    """An adapter of a transformer's tokens; it learns from the grid where time, space and class tokens are."""
+
+    Options: ClassVar[type[AdapterOptions]] = TokenOptions
+
+    @classmethod
+    def takes(cls, place: Place, options: Any) -> bool:
+        return cls.in_layers(place, options) and place.kind in cls.kinds and place.role in cls.roles(options)
+
+    @staticmethod
+    def in_layers(place: Place, options: Any) -> bool:
+        """Whether the option `layers` includes a place."""
+        return options.layers is None or any(place.layer in r for r in _ranges(options.layers))
+
+    @classmethod
+    @abstractmethod
+    def roles(cls, options: Any) -> frozenset[str]:
+        """Which places of a block it goes to."""
+
+    @abstractmethod
+    def forward(self, inner: Inner, x: Tensor, grid: TokenGrid) -> Tensor:
+        """The site's output for tokens x that lie as `grid` says."""
+
+
+class AdaptedSite(DomainWrapper):
     """A site's module with one adapter per domain and the part that domains share."""
 
-    def __init__(self, inner: nn.Module, site: Site, adapters: dict[str, Adapter], route: Route) -> None:
+    def __init__(self, inner: nn.Module, site: Site, adapters: Mapping[str, AnyAdapter], route: Route) -> None:
         super().__init__(inner, route)
         self.site = site
         self.adapters = nn.ModuleDict(adapters)
         self.shared: nn.Module | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        assert self.route.domain is not None, "the model sets the domain before it runs the backbone"
-        y = self.adapters[self.route.domain](self.inner, x)
+    def forward(self, x: Tensor, *rest: Tensor | None) -> Tensor:
+        """rest: what an adapter outside this one gives to the site's own module."""
+        y = self._adapt(partial(_with, self.inner, rest) if rest else self.inner, x)
         return y if self.shared is None else self.shared(y)
+
+    def _adapt(self, inner: Inner, x: Tensor) -> Tensor:
+        assert self.route.domain is not None, "the model sets the domain before it runs the backbone"
+        y: Tensor = self.adapters[self.route.domain](inner, x)
+        return y
 
     def domain_modules(self) -> Mapping[str, nn.Module]:
         return dict(self.adapters.items())
+
+
+def _with(inner: Inner, rest: tuple[Tensor | None, ...], x: Tensor) -> Tensor:
+    return inner(x, *rest)
+
+
+class AdaptedTokens(AdaptedSite):
+    """AdaptedSite for TokenAdapters."""
+
+    def _adapt(self, inner: Inner, x: Tensor) -> Tensor:
+        route = self.route
+        assert route.domain is not None, "the model sets the domain before it runs the backbone"
+        assert route.tokens is not None, "the backbone sets the grid before it runs its blocks"
+        grid = route.tokens
+        if grid.layout == "grid":  # a pyramid's grid changes from stage to stage; its tensors say it
+            grid = TokenGrid.of(x.shape[1:4], "grid")
+        y: Tensor = self.adapters[route.domain](inner, x, grid)
+        return y
+
+
+def _ranges(text: str) -> list[range]:
+    """ "1-4,9" as ranges. Raises ValueError for anything else."""
+    found = []
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdigit() or not (last or first).isdigit() or int(first) < 1:
+            raise ValueError(f"'{text}' is no list of blocks such as 1-4 or 1-4,9-12")
+        found.append(range(int(first), int(last or first) + 1))
+    return found
 
 
 def attach(
     net: nn.Module,
     sites: Iterable[Site],
     domains: Iterable[str],
-    method: type[Adapter],
+    method: type[AnyAdapter],
     options: AdapterOptions,
     route: Route,
 ) -> dict[str, AdaptedSite]:
     """Wrap each site's module of `net` with one adapter of `method` per domain. Returns site name -> wrapper.
 
-    Raises MdlError for a site of a kind that the method cannot take, or one that is wrapped already.
+    Several methods may share a site: the later one wraps the earlier. Raises MdlError for a site of a kind that the
+    method cannot take, or one that the same method wraps already.
     """
     wrapped: dict[str, AdaptedSite] = {}
     for site in sites:
@@ -103,54 +160,23 @@ def attach(
                 f"site '{site.name}'",
                 "choose other sites, or another adapter",
             )
-        holder, name = _holder(net, site.path)
-        inner = getattr(holder, name)
-        if isinstance(inner, AdaptedSite):
-            raise MdlError(f"site '{site.name}' has an adapter already", "adapters", "name each site once")
+        inner = find(net, site.path)
+        if _holds(inner, method):
+            raise MdlError(
+                f"site '{site.name}' has such an adapter already", "adapters", "name each site once per type"
+            )
         adapters = {domain: method(site, options) for domain in domains}
-        wrapper = AdaptedSite(inner, site, adapters, route)
+        kind = AdaptedTokens if issubclass(method, TokenAdapter) else AdaptedSite
+        wrapper = kind(inner, site, adapters, route)
         wrapper.shared = method.shared(site, options)
-        setattr(holder, name, wrapper)
+        replace(net, site.path, wrapper)
         wrapped[site.name] = wrapper
     return wrapped
 
 
-def detach(net: nn.Module) -> None:
-    """Put every wrapped module of `net` back in its place."""
-    for name, child in net.named_children():
-        while isinstance(child, Wrapper):
-            child = child.inner
-            setattr(net, name, child)
-        detach(child)
-
-
-def _holder(net: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """The module that holds the one at a library path, and under which name, whatever wraps what lies between."""
-    *parents, last = path.split(".")
-    for part in parents:
-        while isinstance(net, Wrapper):
-            net = net.inner
-        net = getattr(net, part)
-    while isinstance(net, Wrapper):
-        net = net.inner
-    return net, last
-
-
-def library_modules(net: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The network's own modules under the library's own paths, whatever wraps them."""
-    while isinstance(net, Wrapper):
-        net = net.inner
-    yield prefix, net
-    for name, child in net.named_children():
-        yield from library_modules(child, f"{prefix}.{name}" if prefix else name)
-
-
-def library_tensors(net: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and persistent buffers of the network itself under the library's own keys."""
-    for path, module in library_modules(net):
-        dot = f"{path}." if path else ""
-        for name, parameter in module.named_parameters(recurse=False):
-            yield dot + name, parameter
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:
-                yield dot + name, buffer
+def _holds(module: nn.Module, method: type[AnyAdapter]) -> bool:
+    while isinstance(module, AdaptedSite):
+        if any(type(adapter) is method for adapter in module.adapters.values()):
+            return True
+        module = module.inner
+    return False

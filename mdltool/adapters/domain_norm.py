@@ -7,7 +7,10 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from mdltool.adapters.base import Route, Wrapper, library_modules
+from mdltool.wrapping import DomainWrapper, Route, library_modules, replace
+
+BatchNorm = nn.BatchNorm2d | nn.BatchNorm3d
+BATCH_NORMS = (nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class DomainStatistics(nn.Module):
@@ -17,7 +20,7 @@ class DomainStatistics(nn.Module):
     running_var: Tensor
     num_batches_tracked: Tensor
 
-    def __init__(self, source: nn.BatchNorm3d, affine: bool) -> None:
+    def __init__(self, source: BatchNorm, affine: bool) -> None:
         super().__init__()
         for name in ("running_mean", "running_var", "num_batches_tracked"):
             self.register_buffer(name, getattr(source, name).clone())
@@ -31,25 +34,25 @@ class DomainStatistics(nn.Module):
         self.num_batches_tracked.zero_()
 
 
-class DomainBatchNorm(Wrapper):
-    """A backbone's BatchNorm3d that normalises each domain with that domain's statistics.
+class DomainBatchNorm(DomainWrapper):
+    """A backbone's BatchNorm that normalises each domain with that domain's statistics.
 
     affine: weight and bias are per domain too (`per_domain`); else shared (`per_domain_stats`). use_shared: be as
     the library's layer, statistics included, while a `recalibrate` run trains. recalibrating: average batches with
     equal weights instead of a decaying one.
     """
 
-    inner: nn.BatchNorm3d
+    inner: BatchNorm
 
-    def __init__(self, inner: nn.BatchNorm3d, domains: Iterable[str], affine: bool, route: Route) -> None:
+    def __init__(self, inner: BatchNorm, domains: Iterable[str], affine: bool, route: Route) -> None:
         super().__init__(inner, route)
         self.use_shared = False
         self.recalibrating = False
         self.statistics = nn.ModuleDict({domain: DomainStatistics(inner, affine) for domain in domains})
 
-    def forward(self, x_BCTHW: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         if self.use_shared:
-            return self.inner(x_BCTHW)
+            return self.inner(x)
         assert self.route.domain is not None
         own = self.statistics[self.route.domain]
         assert isinstance(own, DomainStatistics)
@@ -59,7 +62,7 @@ class DomainBatchNorm(Wrapper):
             if self.recalibrating:
                 momentum = 1 / float(own.num_batches_tracked)
         return torch.nn.functional.batch_norm(
-            x_BCTHW,
+            x,
             own.running_mean,
             own.running_var,
             self.inner.weight if own.weight is None else own.weight,
@@ -82,14 +85,14 @@ class DomainBatchNorm(Wrapper):
 def attach_domain_norms(
     net: nn.Module, domains: Iterable[str], affine: bool, route: Route
 ) -> dict[str, DomainBatchNorm]:
-    """Wrap every BatchNorm3d of the network itself. Returns library path -> wrapper.
+    """Wrap every BatchNorm of the network itself. Returns library path -> wrapper.
 
     Called before adapters attach, so that the paths are the library's and the adapters' own norms stay as they are.
     """
     domains = tuple(domains)
     wrapped = {}
-    norms = [(path, module) for path, module in library_modules(net) if isinstance(module, nn.BatchNorm3d)]
+    norms = [(path, module) for path, module in library_modules(net) if isinstance(module, BATCH_NORMS)]
     for path, norm in norms:
         wrapped[path] = DomainBatchNorm(norm, domains, affine, route)
-        net.set_submodule(path, wrapped[path])
+        replace(net, path, wrapped[path])
     return wrapped

@@ -51,7 +51,7 @@ class StageConvAdapter(Adapter):
     Options = StageConvOptions
 
     def __init__(self, site: Site, options: StageConvOptions) -> None:
-        super().__init__()
+        super().__init__(site, options)
         self.kernel = self.make_kernel(site.channels, options)
         self.norm = nn.BatchNorm3d(site.channels)
         self.act: nn.Module = nn.ReLU() if options.out_act == "relu" else nn.Identity()

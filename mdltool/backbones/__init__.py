@@ -7,6 +7,17 @@ BACKBONES = Table(
     {
         "x3d_m": "mdltool.backbones.x3d:X3DM",
         "x3d_tiny": "mdltool.backbones.x3d:X3DTiny",
+        "swin3d_t": "mdltool.backbones.swin3d:Swin3dT",
+        "swin3d_s": "mdltool.backbones.swin3d:Swin3dS",
+        "swin3d_b": "mdltool.backbones.swin3d:Swin3dB",
+        "swin3d_tiny": "mdltool.backbones.swin3d:Swin3dTiny",
+        "clip_vit_b16": "mdltool.backbones.image_transformer:ClipB16",
+        "clip_vit_l14": "mdltool.backbones.image_transformer:ClipL14",
+        "clip_vit_tiny": "mdltool.backbones.image_transformer:ClipTiny",
+        "vit_b16": "mdltool.backbones.image_transformer:VitB16",
+        "vit_tiny": "mdltool.backbones.image_transformer:VitTiny",
+        "vivit_b": "mdltool.backbones.vivit:VivitB16x2",
+        "vivit_tiny": "mdltool.backbones.vivit:VivitTiny",
         "slow_r50": "mdltool.backbones.slow_r50:SlowR50",
     },
 )

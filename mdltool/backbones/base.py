@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +15,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from mdltool.errors import MdlError
-from mdltool.types import Site
+from mdltool.types import ModuleShape, Place, Site
+from mdltool.wrapping import Route, Wrapper, find, replace
 
 
 class BackboneOptions(BaseModel):
@@ -38,6 +40,7 @@ class Backbone(nn.Module, ABC):
     default_crop: ClassVar[int]
     mean: ClassVar[tuple[float, float, float]] = (0.45, 0.45, 0.45)
     std: ClassVar[tuple[float, float, float]] = (0.225, 0.225, 0.225)
+    projection_parameters: ClassVar[int] = 0  # of a projection that papers count though it is not used
 
     def __init__(self, net: nn.Module, feature_dim: int, num_frames: int, crop: int) -> None:
         super().__init__()
@@ -46,45 +49,50 @@ class Backbone(nn.Module, ABC):
         self.num_frames = num_frames
         self.crop = crop
         self.classifier: dict[str, Tensor] = {}
+        self.route = Route()
 
     @abstractmethod
     def forward(self, x_BCTHW: Tensor) -> Tensor:
         """Features [B, P, F] of normalised clips; P is 1 unless a fixed pool leaves several positions."""
 
     @abstractmethod
-    def site_paths(self) -> dict[str, tuple[str, str]]:
-        """Declared sites: name -> (module path in `net`, kind)."""
+    def places(self) -> dict[str, Place]:
+        """Declared sites by name."""
+
+    def open_block(self, block: nn.Module) -> Wrapper:
+        """A block with its places opened; only backbones that declare such places have it."""
+        raise AssertionError(f"{type(self).__name__} declares no place inside a block")
+
+    def open_blocks(self, blocks: Iterable[str]) -> None:
+        """Open the blocks at these paths, those that are closed."""
+        for path in dict.fromkeys(blocks):
+            block = find(self.net, path)
+            if not isinstance(block, Wrapper):
+                replace(self.net, path, self.open_block(block))
 
     def sites(self, extra_paths: tuple[str, ...] = ()) -> dict[str, Site]:
         """Every declared site, and one named by its path for each of `extra_paths`, with channels and grid.
 
         They are read from one dry forward of the configured clip shape on the meta device, never from a table.
         """
-        wanted = self.site_paths() | {path: (path, "stage") for path in extra_paths}
+        wanted = self.places() | {path: Place(path, "stage") for path in extra_paths}
         dry = copy.deepcopy(self).to("meta").float().eval()
+        dry.open_blocks(place.block for place in wanted.values() if place.block is not None)
         probes = {}
         # the deepest first: a path through a module that is replaced already would not be found
-        for name, (path, _) in sorted(wanted.items(), key=lambda item: -item[1][0].count(".")):
+        for name, place in sorted(wanted.items(), key=lambda item: -item[1].path.count(".")):
             try:
-                inner = dry.net.get_submodule(path)
+                inner = find(dry.net, place.path)
             except AttributeError:
                 raise MdlError(
-                    f"the backbone has no site or module '{path}'",
+                    f"the backbone has no site or module '{place.path}'",
                     "adapters.sites",
-                    f"sites: {', '.join(self.site_paths())}, or a module path of the network",
+                    f"sites: {some(self.places())}, or a module path of the network",
                 ) from None
-            probes[name] = _Probe(inner)
-            dry.net.set_submodule(path, probes[name])
+            probes[name] = _Probe(inner, dry.route)
+            replace(dry.net, place.path, probes[name])
         dry(torch.empty(1, 3, self.num_frames, self.crop, self.crop, device="meta"))
-        sites = {}
-        for name, (path, kind) in wanted.items():
-            shape = probes[name].shape
-            if shape is None or len(shape) != 5:
-                raise MdlError(
-                    f"'{path}' gives no [B, C, T, H, W] tensor", "adapters.sites", "choose another module"
-                )
-            sites[name] = Site(name, path, kind, "BCTHW", shape[1], (shape[2], shape[3], shape[4]))
-        return sites
+        return {name: probes[name].site(name, place) for name, place in wanted.items()}
 
     def take_classifier(self, key: str) -> None:
         """Move the linear layer at module path `key` out of `net` into `classifier`."""
@@ -124,15 +132,53 @@ class Backbone(nn.Module, ABC):
                 self.classifier[key] = state[key].detach().clone()
 
 
-class _Probe(nn.Module):
+def some(names: Iterable[str], most: int = 12) -> str:
+    """The first names of a long list, for a message."""
+    names = list(names)
+    return ", ".join(names[:most]) + (f" ... ({len(names)} in all)" if len(names) > most else "")
+
+
+class _Probe(Wrapper):
     """Records the shape that passes; used in the dry forward only."""
 
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
+    def __init__(self, inner: nn.Module, route: Route) -> None:
+        super().__init__(inner)
+        self._route = route
         self.shape: tuple[int, ...] | None = None
 
-    def forward(self, x: Tensor) -> Any:
-        y = self.inner(x)
-        self.shape = tuple(y.shape)
+    def forward(self, x: Tensor, *rest: Any, **named: Any) -> Any:
+        y = self.inner(x, *rest, **named)
+        self.shape = tuple(y.shape) if isinstance(y, Tensor) else None
         return y
+
+    def owned(self) -> nn.Module | None:
+        return self.inner.owned() if isinstance(self.inner, Wrapper) else None
+
+    def site(self, name: str, place: Place) -> Site:
+        """The site with the shape that passed. Raises MdlError where no tensor of a known layout did."""
+        module: nn.Module = self.inner
+        window = getattr(module, "window", None)
+        while isinstance(module, Wrapper):
+            module = module.inner
+        shape, tokens, layer = self.shape or (), self._route.tokens, None
+        grid: tuple[int, ...]
+        channels = shape[-1] if tokens is not None and shape else 0
+        if tokens is not None and tokens.layout == "grid" and len(shape) == 5:
+            layout, grid = "grid", shape[1:4]
+        elif tokens is not None and len(shape) == 3:
+            layout, grid = tokens.layout, (tokens.frames, tokens.height, tokens.width)
+        elif tokens is None and len(shape) in (4, 5):
+            layout, channels = ("BCHW", "BCTHW")[len(shape) - 4], shape[1]
+            grid = (1, *shape[2:]) if layout == "BCHW" else shape[2:]
+        else:
+            raise MdlError(
+                f"'{place.path}' gives no [B, C, T, H, W] tensor", "adapters.sites", "choose another module"
+            )
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
+            channels = module.in_channels
+            layer = ModuleShape(module.out_channels, module.kernel_size, module.stride, module.groups)
+        elif isinstance(module, nn.Linear):
+            channels = module.in_features
+            layer = ModuleShape(module.out_features, parts=3 if place.role == "qkv" else 1)
+        at = (place.role, place.layer, place.block)
+        return Site(name, place.path, place.kind, layout, channels, (grid[0], grid[1], grid[2]), *at, layer, window)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from mdltool.backbones.base import Backbone, BackboneOptions
+from mdltool.types import Place
 
 with warnings.catch_warnings():
     # fvcore scripts a function at import, which newer torch calls deprecated: nothing that a user could change.
@@ -51,8 +52,8 @@ class PyTorchVideoBackbone(Backbone):
         pooled_BFthw = head.pool(x_BCTHW)
         return pooled_BFthw.flatten(2).transpose(1, 2)
 
-    def site_paths(self) -> dict[str, tuple[str, str]]:
-        return {f"stage{i + 1}": (f"blocks.{i}", "stage") for i in range(len(self._blocks()) - 1)}
+    def places(self) -> dict[str, Place]:
+        return {f"stage{i + 1}": Place(f"blocks.{i}", "stage", "", i + 1) for i in range(len(self._blocks()) - 1)}
 
     def _blocks(self) -> Any:
         return self.net.blocks

@@ -30,15 +30,18 @@ def list_backbones(as_json: options.Json = False) -> None:
     from mdltool import console
     from mdltool.backbones import BACKBONES
 
-    found = [_describe(name) for name in BACKBONES]
+    found = [_describe(name, with_sites=as_json) for name in BACKBONES]
     if as_json:
         console.result_json({"backbones": found})
         return
-    rows = [
-        (b["name"], b["about"], f"{b['parameters']:,}", f"{b['frames']}x{b['crop']}x{b['crop']}", len(b["sites"]))
-        for b in found
-    ]
-    console.table("Backbones", ("name", "about", "parameters", "input", "sites"), rows, to_stdout=True)
+    rows = []
+    for b in found:
+        size = f"{b['frames']}x{b['crop']}x{b['crop']}"
+        rows.append(
+            (b["name"], b["about"], f"{b['parameters']:,}", size, b["kinds"], " ".join(b["weights"]) or "-")
+        )
+    head = ("name", "about", "parameters", "input", "kinds of sites", "weights")
+    console.table("Backbones", head, rows, to_stdout=True)
 
 
 def show(
@@ -53,13 +56,28 @@ def show(
         return
     console.result(f"{name}: {found['about']}, {found['parameters']:,} parameters without its classifier")
     console.result(f"input: {found['frames']} frames of {found['crop']} x {found['crop']}")
-    rows = [(s["name"], s["path"], s["kind"], s["channels"], "x".join(map(str, s["grid"]))) for s in found["sites"]]
-    console.table("Sites", ("site", "module", "kind", "channels", "T x H x W"), rows, to_stdout=True)
+    console.table("Sites", ("site", "kind", "channels", "T x H x W"), _grouped(found["sites"]), to_stdout=True)
     for tag, source in found["weights"].items():
         console.result(f"weights '{tag}': {source}; then: mdltool backbone import {name} --file FILE --tag {tag}")
 
 
-def _describe(name: str) -> dict[str, Any]:
+def _grouped(sites: list[dict[str, Any]]) -> list[tuple[str, str, int, str]]:
+    """One row for what repeats from block to block: block1 ... block12."""
+    rows: dict[tuple[Any, ...], list[str]] = {}
+    for site in sites:
+        grid = "x".join(map(str, site["grid"]))
+        rows.setdefault((site["role"] or site["name"], site["kind"], site["channels"], grid), []).append(
+            site["name"]
+        )
+    return [
+        (names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}", kind, channels, grid)
+        for (_, kind, channels, grid), names in rows.items()
+    ]
+
+
+def _describe(name: str, with_sites: bool = True) -> dict[str, Any]:
+    import dataclasses
+
     import torch
 
     from mdltool.backbones import BACKBONES
@@ -67,15 +85,19 @@ def _describe(name: str) -> dict[str, Any]:
     factory = BACKBONES.load(name)
     with torch.device("meta"):
         backbone = factory(factory.Options(), factory.default_frames, factory.default_crop)
-    return {
+    kinds = dict.fromkeys(place.kind for place in backbone.places().values())
+    found = {
         "name": name,
         "about": factory.about,
         "parameters": sum(p.numel() for p in backbone.parameters()),
         "frames": factory.default_frames,
         "crop": factory.default_crop,
-        "sites": [vars(site) for site in backbone.sites().values()],
+        "kinds": ", ".join(kinds),
         "weights": factory.weight_sources,
     }
+    if with_sites:
+        found["sites"] = [dataclasses.asdict(site) for site in backbone.sites().values()]
+    return found
 
 
 def import_backbone(

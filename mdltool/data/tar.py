@@ -13,7 +13,7 @@ from io import FileIO
 from pathlib import Path
 
 _RECORD_BYTES = tarfile.RECORDSIZE
-_BUFFER_BYTES = 1 << 20
+_BUFFER_BYTES = 8 << 20
 _THREAD_BYTES = 1 << 16  # less is hashed sooner than handed over
 # So often the kernel is told to begin writing to the disk; left alone it begins at the final fsync.
 _FLUSH_BYTES = 64 << 20
@@ -31,7 +31,7 @@ class TarWriter:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = open(path, "wb", buffering=0)  # noqa: SIM115 - closed by close and abandon
+        self._file = open(path, "w+b", buffering=0)  # noqa: SIM115 - closed by close and abandon
         self._hash = hashlib.sha256()
         self._thread = ThreadPoolExecutor(1)
         self._hashing: Future[None] | None = None
@@ -68,15 +68,16 @@ class TarWriter:
     @contextmanager
     def whole(self) -> Iterator[None]:
         """Members added inside stand in the tar all together, or not at all when an exception passes."""
-        self._finish_hash()
-        size, hashed = self.size, self._hash.copy()
+        size = self.size
         try:
             yield
         except BaseException:
             self._finish_hash()
-            self._file.seek(size)
-            self._file.truncate()
-            self.size, self._hash = size, hashed
+            self._file.truncate(size)
+            self._file.seek(0)
+            # Rare, so it is hashed again from the file: a copy at every member would stop the hashing thread.
+            self._hash = hashlib.file_digest(self._file, "sha256")
+            self.size = size
             raise
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Contract of every adapter on every backbone that can carry it, and the equations of spec omi_mdl 2.2 and 2.3."""
+"""The adapters between stages: the equations of spec omi_mdl 2.2 and 2.3, and their options."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from torch import nn
 from torch.nn import functional
 
 from mdltool.adapters import ADAPTERS
-from mdltool.adapters.base import AdaptedSite, Route, attach, detach
+from mdltool.adapters.base import AdaptedSite, attach
 from mdltool.adapters.domain_norm import attach_domain_norms
 from mdltool.adapters.shared_norm import shared_norm
 from mdltool.backbones import BACKBONES
 from mdltool.errors import MdlError
 from mdltool.model import build_backbone, build_model
 from mdltool.types import Site
+from mdltool.wrapping import Route, detach
 from tests.models import clips, tiny_model, tiny_spec
 
-PAIRS = list(itertools.product(ADAPTERS, ["x3d_tiny"]))
+STAGE = ("2d", "2plus1d", "3d", "2d_tmix")
+PAIRS = list(itertools.product(STAGE, ["x3d_tiny"]))
 
 
 def make(name: str, channels: int = 6, grid: tuple[int, int, int] = (4, 5, 5), **options: object) -> nn.Module:
@@ -85,7 +87,7 @@ def test_frame_mixing_follows_the_2d_stage_and_does_not_discard_it() -> None:
     torch.testing.assert_close(adapter(nn.Identity(), f), expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", STAGE)
 @pytest.mark.parametrize(("frames", "size"), [(1, 1), (3, 5), (5, 1), (1, 7)])
 def test_the_shape_is_kept(name: str, frames: int, size: int) -> None:
     adapter = make(name, grid=(frames, size, size))
@@ -105,7 +107,7 @@ def test_frames_are_independent_under_2d_and_neighbours_only_under_temporal_kern
         assert differs.tolist() == [True, True, False, False, False, False, False]
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", STAGE)
 def test_identity_initialisation_is_the_bare_backbone(name: str) -> None:
     """Spec property 6: with `init: identity` and `ln: none` the logits are the bare backbone's."""
     spec = tiny_spec(name, options={"init": "identity", "ln": "none"})
@@ -234,7 +236,7 @@ def test_domain_norms_use_and_move_their_own_statistics_only() -> None:
     assert torch.equal(wrapped.inner.running_mean, torch.zeros(3))
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", ["x3d_m", "x3d_tiny", "slow_r50"])
 def test_sites_by_name_and_by_module_path(name: str) -> None:
     factory = BACKBONES.load(name)
     with torch.device("meta"):

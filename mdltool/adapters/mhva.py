@@ -1,0 +1,148 @@
+"""Multi-head vision adapters (CM3T, section 3.2, eq. 6; spec cm3t 2.2) and AdaptFormer, their one-head baseline.
+
+A bottleneck beside a block's MLP, whose weights differ from one spatial chunk of the tokens to the next. The output
+at step 0 is the bare block's. Shape suffixes: B batch, T time slices, P positions of a slice, C channels, R
+bottleneck, K heads.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from mdltool.adapters.base import Inner, TokenAdapter, TokenOptions
+from mdltool.types import Site
+from mdltool.wrapping import TokenGrid
+
+Chunk = Annotated[str, Field(pattern=r"^(raster|windows|in_window|grid:[1-9]\d*x[1-9]\d*)$")]
+
+
+class MhvaOptions(TokenOptions):
+    """heads: spatial chunks with weights of their own. r: bottleneck. at: beside which part of the block.
+
+    chunk: which positions a head gets: bands in raster order, sets of attention windows, positions inside a window,
+    or rectangles (grid:2x4). cls: what the class token passes: head 0, a head of its own, or nothing. scale: a
+    learned number per block or per head, or fixed; it starts at scale_init.
+    """
+
+    heads: Annotated[int, Field(ge=1)] = 7
+    r: Annotated[int, Field(ge=1)] = 64
+    at: Literal["mlp", "attn", "both"] = "mlp"
+    chunk: Chunk = "raster"
+    cls: Literal["head0", "own", "skip"] = "head0"
+    scale: Literal["block", "head", "fixed"] = "block"
+    scale_init: float = 4.0
+
+
+class MhvaAdapter(TokenAdapter):
+    """inner(u) + s MHVA(u); K(2CR + R + C) + 1 parameters.
+
+    With a class-token readout the heads 1.. of the last block get no gradient: they act on patch tokens after the
+    last attention.
+    """
+
+    kinds = frozenset({"mlp", "attention"})
+    Options = MhvaOptions
+
+    def __init__(self, site: Site, options: MhvaOptions) -> None:
+        super().__init__(site, options)
+        channels, r = site.channels, options.r
+        self._chunk, self._cls, self._window = options.chunk, options.cls, site.window
+        self._heads = options.heads
+        own = options.cls == "own" and site.layout != "grid"
+        heads = options.heads + own
+        self.down = nn.Parameter(torch.empty(heads, channels, r))
+        self.down_bias = nn.Parameter(torch.zeros(heads, r))
+        self.up = nn.Parameter(torch.zeros(heads, r, channels))
+        self.up_bias = nn.Parameter(torch.zeros(heads, channels))
+        nn.init.uniform_(self.down, -(channels**-0.5), channels**-0.5)  # Kaiming uniform with a = sqrt(5), per head
+        start = torch.full((heads,) if options.scale == "head" else (), options.scale_init)
+        if options.scale == "fixed":
+            self.register_buffer("scale", start, persistent=False)
+        else:
+            self.scale = nn.Parameter(start)
+
+    @classmethod
+    def roles(cls, options: Any) -> frozenset[str]:
+        return frozenset({"mlp", "attn"} if options.at == "both" else {options.at})
+
+    def forward(self, inner: Inner, x: Tensor, grid: TokenGrid) -> Tensor:
+        return inner(x) + self.adapt(x, grid)
+
+    def adapt(self, x: Tensor, grid: TokenGrid) -> Tensor:
+        """s MHVA(x), in the layout of x."""
+        class_BTC, patches_BTHWC = grid.split(x)
+        order, counts = _chunks(self._chunk, self._heads, grid, self._window)
+        x_BTPC = patches_BTHWC.flatten(2, 3)
+        if order is not None:
+            x_BTPC = x_BTPC[:, :, order]
+        y_BTPC = self._patches(x_BTPC, counts)
+        if order is not None:
+            y_BTPC = y_BTPC[:, :, order.argsort()]
+        if class_BTC is not None:
+            head = self._heads if self._cls == "own" else 0
+            class_BTC = torch.zeros_like(class_BTC) if self._cls == "skip" else self._head(class_BTC, head)
+        return grid.join(class_BTC, y_BTPC.view(patches_BTHWC.shape))
+
+    def _patches(self, x_BTPC: Tensor, counts: list[int]) -> Tensor:
+        """Every head on its slice. Equal slices are one batched product; weights are never gathered per token."""
+        heads, each = self._heads, counts[0]
+        if heads == 1:
+            return self._head(x_BTPC, 0)
+        if any(count != each for count in counts):
+            parts = x_BTPC.split(counts, 2)
+            return torch.cat([self._head(part, k) for k, part in enumerate(parts)], 2)
+        x_BTKPC = x_BTPC.unflatten(2, (heads, each))
+        b = torch.einsum("btkpc,kcr->btkpr", x_BTKPC, self.down[:heads]) + self.down_bias[:heads, None]
+        y = torch.einsum("btkpr,krc->btkpc", b.relu(), self.up[:heads]) + self.up_bias[:heads, None]
+        scale = self.scale[:heads, None, None] if self.scale.ndim else self.scale
+        return (y * scale).flatten(2, 3)
+
+    def _head(self, x: Tensor, head: int) -> Tensor:
+        b = (x @ self.down[head] + self.down_bias[head]).relu()
+        scale = self.scale[head] if self.scale.ndim else self.scale
+        return (b @ self.up[head] + self.up_bias[head]) * scale
+
+
+class AdaptFormerOptions(MhvaOptions):
+    heads: Annotated[int, Field(ge=1)] = 1
+    scale: Literal["block", "head", "fixed"] = "fixed"
+    scale_init: float = 0.1
+
+
+class AdaptFormerAdapter(MhvaAdapter):
+    """AdaptFormer's scaled parallel bottleneck: one head, scale 0.1; 2CR + R + C parameters."""
+
+    Options = AdaptFormerOptions
+
+
+def _chunks(
+    chunk: str, heads: int, grid: TokenGrid, window: tuple[int, int, int] | None
+) -> tuple[Tensor | None, list[int]]:
+    """The order that brings each head's positions of a slice together (None: as they are), and how many each
+    has.
+    """
+    height, width = grid.height, grid.width
+    positions = height * width
+    if chunk == "raster":
+        return None, [
+            math.ceil((k + 1) * positions / heads) - math.ceil(k * positions / heads) for k in range(heads)
+        ]
+    row, column = torch.arange(height)[:, None], torch.arange(width)[None]
+    if chunk.startswith("grid:"):
+        down, across = (int(n) for n in chunk.removeprefix("grid:").split("x"))
+        number, total = (row * down // height) * across + column * across // width, down * across
+    else:
+        tall, wide = (min(n, w) for n, w in zip((height, width), (window or (1, 7, 7))[1:], strict=True))
+        across = math.ceil(width / wide)
+        if chunk == "windows":
+            number, total = (row // tall) * across + column // wide, math.ceil(height / tall) * across
+        else:
+            number, total = (row % tall) * wide + column % wide, tall * wide
+    owner = (number * heads // total).flatten()
+    counts = torch.bincount(owner, minlength=heads).tolist()
+    return owner.argsort(stable=True), counts
