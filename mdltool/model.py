@@ -118,6 +118,14 @@ class MultiDomainModel(nn.Module):
             module.training = False
         return self
 
+    def channels_last(self) -> MultiDomainModel:
+        """Convolution weights in the memory format that their kernels like best; the numbers stay."""
+        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+        for parameter in self.parameters():
+            if parameter.ndim in formats:
+                parameter.data = parameter.data.contiguous(memory_format=formats[parameter.ndim])
+        return self
+
     def apply_regime(self, regime: str, bn: str | None = None) -> None:
         """Set requires_grad and the BatchNorm mode of every part (spec omi_mdl 2.7).
 

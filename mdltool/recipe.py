@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mdltool.adapters import ADAPTERS
 from mdltool.backbones import BACKBONES
+from mdltool.data.sampling import Sampling
 from mdltool.errors import MdlError
+from mdltool.overrides import apply_override
 from mdltool.registry import Table, did_you_mean, nearest
 
 Positive = Annotated[int, Field(ge=1)]
@@ -128,9 +130,20 @@ class Train(Part):
 
 
 class SamplingPart(Part):
-    clip_seconds: Annotated[float, Field(gt=0)]
+    """One rule of data.sampling.Sampling: clip_seconds for count and time, stride_frames for stride."""
+
+    clip_seconds: Annotated[float, Field(gt=0)] | None = None
+    stride_frames: Positive | None = None
     short: Literal["stretch", "repeat_last", "loop"] = "stretch"
-    index: Literal["count", "time"] = "count"
+    index: Literal["count", "time", "stride", "segments"] = "count"
+
+    @model_validator(mode="after")
+    def _complete(self) -> SamplingPart:
+        try:
+            Sampling(1, self.clip_seconds, self.short, self.index, self.stride_frames)
+        except MdlError as error:
+            raise ValueError(error.what) from None
+        return self
 
 
 class Augment(Part):
@@ -242,7 +255,7 @@ def load(name: str, overrides: Iterable[str] = ()) -> Recipe:
     if not isinstance(content, dict):
         raise MdlError("a recipe is a mapping of keys", path, "see: mdltool recipe show tiny_demo")
     for override in overrides:
-        _override(content, override)
+        apply_override(content, override)
     return validate(content, path)
 
 
@@ -354,41 +367,6 @@ def _cross_faults(recipe: Recipe) -> list[str]:
     if trains == {"adapters"} and not recipe.adapters:
         faults.append("train.steps: regime 'adapters' without adapters trains nothing")
     return faults
-
-
-def _override(content: dict[str, Any], override: str) -> None:
-    """Apply one `a.b.0.c=value`; the value is read as YAML."""
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise MdlError(f"'{override}' is no override", "--set", "write --set key=value, e.g. --set train.seed=1")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise MdlError(f"the value is not valid YAML: {error}", f"--set {override}", "quote it") from None
-    *parents, last = key.split(".")
-    node: Any = content
-    for part in parents:
-        child = _step_into(node, part, override)
-        if child is None:
-            node[part] = child = {}
-        node = child
-    if isinstance(node, list):
-        _step_into(node, last, override)
-        node[int(last)] = value
-    elif isinstance(node, dict):
-        node[last] = value
-    else:
-        raise MdlError(f"'{last}' lies below a plain value", f"--set {override}", "check the key")
-
-
-def _step_into(node: Any, part: str, override: str) -> Any:
-    if isinstance(node, list):
-        if not part.isdigit() or int(part) >= len(node):
-            raise MdlError(f"'{part}' is no index of a list of {len(node)}", f"--set {override}", "count from 0")
-        return node[int(part)]
-    if isinstance(node, dict):
-        return node.get(part)
-    raise MdlError(f"'{part}' lies below a plain value", f"--set {override}", "check the key")
 
 
 def rename_domain(recipe: Recipe, domain: str) -> Recipe:

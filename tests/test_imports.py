@@ -16,7 +16,7 @@ TIERS = (
     ("registry", "types", "artifact", "lineage", "console", "wrapping"),
     ("tasks", "adapters", "backbones", "losses"),
     ("model", "model_store", "train", "evaluate", "compress", "data", "report"),
-    ("recipe",),
+    ("overrides", "recipe"),
     ("stages",),
     ("cli",),
 )

@@ -1,6 +1,11 @@
-"""X3D from PyTorchVideo's builder: the official X3D-M and a small member of the family for CPUs."""
+"""X3D from PyTorchVideo's builder: the official X3D-M and a small member of the family for CPUs.
+
+Swish is torch's own SiLU, the same function: PyTorchVideo's has a backward that the compiler cannot read.
+"""
 
 from __future__ import annotations
+
+from torch import nn
 
 from mdltool.backbones.pytorchvideo_net import PoolOptions, PyTorchVideoBackbone, create_x3d
 
@@ -14,7 +19,7 @@ class X3DM(PyTorchVideoBackbone):
     default_crop = 224
 
     def __init__(self, options: PoolOptions, num_frames: int, crop: int) -> None:
-        net = create_x3d(input_clip_length=16, input_crop_size=224)
+        net = create_x3d(input_clip_length=16, input_crop_size=224, inner_act=nn.SiLU)
         super().__init__(net, num_frames, crop, options.pool)
 
 
@@ -43,5 +48,6 @@ class X3DTiny(PyTorchVideoBackbone):
             stem_conv_kernel_size=(stem_kt, 3, 3),
             stage_conv_kernel_size=((stage_kt, 3, 3),) * 4,
             head_dim_out=256,
+            inner_act=nn.SiLU,
         )
         super().__init__(net, num_frames, crop, options.pool)

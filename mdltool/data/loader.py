@@ -203,8 +203,8 @@ class _StreamReader:
             nonlocal picked
             # A generator of its own: a damaged video asks twice, and gets the same draw.
             rng = _rng(self.seed, self.index.domain, _START, position)
-            start_s = random_start(timeline.duration_s, self.sampling.clip_seconds, rng)
-            picked = clip_indices(timeline, start_s, self.sampling)
+            start_s = random_start(timeline.duration_s, self.sampling.span_s(timeline), rng)
+            picked = clip_indices(timeline, start_s, self.sampling, rng)
             return picked.tolist()
 
         decoded = decode(video, choose, trim=trim_of(metadata))

@@ -10,42 +10,72 @@ from mdltool.data.video import SAME_INSTANT_S, Timeline
 from mdltool.errors import MdlError
 
 SHORT = ("stretch", "repeat_last", "loop")
-INDEX = ("count", "time")
+INDEX = ("count", "time", "stride", "segments")
 STARTS = ("spaced_exclusive", "spaced_inclusive", "random", "centre")
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """num_frames spread over an interval of clip_seconds.
+    """num_frames of a video, taken by one of four rules.
 
-    index: what is spread evenly, `count` frame numbers or `time` presentation times; they differ where the frame
-    rate varies. short: what a video shorter than the interval does: `stretch` spreads the frames it has,
-    `repeat_last` keeps the nominal spacing and holds the last frame, `loop` keeps it and starts again.
-    Raises MdlError for values outside these.
+    index: `count` spreads frame numbers evenly over an interval of clip_seconds, `time` presentation times; they
+    differ where the frame rate varies. `stride` takes every stride_frames-th frame (MST-Adapter's dense sampling;
+    spec mst_adapter 5). `segments` takes one frame of each of num_frames equal parts of the whole video: a random
+    one where a generator is given, else the middle one.
+    short: what a video shorter than the interval does: `stretch` spreads the frames it has, `repeat_last` keeps the
+    nominal spacing and holds the last frame, `loop` keeps it and starts again.
+    Raises MdlError for values outside these, and for a clip without its length.
     """
 
     num_frames: int
-    clip_seconds: float
+    clip_seconds: float | None = None
     short: str = "stretch"
     index: str = "count"
+    stride_frames: int | None = None
 
     def __post_init__(self) -> None:
         _one_of("short", self.short, SHORT)
         _one_of("index", self.index, INDEX)
-        if self.num_frames < 1 or not self.clip_seconds > 0:
+        wants = {"stride": ("stride_frames",), "segments": ()}.get(self.index, ("clip_seconds",))
+        for name in ("clip_seconds", "stride_frames"):
+            value = getattr(self, name)
+            if (value is not None) != (name in wants):
+                verb = "needs" if name in wants else "takes no"
+                raise MdlError(f"sampling by {self.index} {verb} {name}", "data.sampling", "see: docs/data.md")
+        length = self.clip_seconds if self.stride_frames is None else self.stride_frames
+        if self.num_frames < 1 or (length is not None and not length > 0):
             raise MdlError(
-                f"a clip of {self.num_frames} frames over {self.clip_seconds} s is impossible",
+                f"a clip of {self.num_frames} frames over {length} is impossible",
                 None,
                 "give at least one frame and more than 0 s",
             )
+        if self.index == "stride" and self.short == "stretch":
+            raise MdlError("sampling by stride cannot stretch a short video", "data.sampling.short", "loop")
+
+    def span_s(self, timeline: Timeline) -> float:
+        """Seconds of a video that a clip takes, from which its possible starts follow."""
+        if self.index == "segments":
+            return timeline.duration_s
+        if self.stride_frames is not None:
+            # One frame less than the clip covers, so that uniform starts reach the last possible frame as often.
+            return (self.num_frames - 1) * self.stride_frames * timeline.duration_s / len(timeline)
+        assert self.clip_seconds is not None
+        return self.clip_seconds
 
 
-def clip_indices(timeline: Timeline, start_s: float, sampling: Sampling) -> np.ndarray:
+def clip_indices(
+    timeline: Timeline, start_s: float, sampling: Sampling, rng: np.random.Generator | None = None
+) -> np.ndarray:
     """Frame numbers int64 [num_frames] of the interval [start_s, start_s + clip_seconds), cut at the video's end.
 
     `count`: floor(k (n - 1) / (num_frames - 1)) over the interval's n frames, k = 0 .. num_frames - 1. `time`: the
     frames nearest to start_s + k clip_seconds / (num_frames - 1). An interval without frames takes the nearest one.
     """
+    if sampling.index == "segments":
+        return _by_segment(len(timeline), sampling.num_frames, rng)
+    if sampling.stride_frames is not None:
+        return _by_stride(timeline, start_s, sampling, sampling.stride_frames)
+    assert sampling.clip_seconds is not None
     is_short = timeline.duration_s < sampling.clip_seconds - SAME_INSTANT_S
     if sampling.index == "time":
         return _by_time(timeline, start_s, sampling, is_short)
@@ -88,8 +118,21 @@ def view_starts(
     return [(i + offset) * room / parts for i in range(count)]
 
 
+def _by_stride(timeline: Timeline, start_s: float, sampling: Sampling, stride: int) -> np.ndarray:
+    frames = len(timeline)
+    steps = np.arange(sampling.num_frames, dtype=np.int64) * stride
+    first = int(start_s * frames / timeline.duration_s + 1e-6)
+    indices = min(first, max(frames - 1 - int(steps[-1]), 0)) + steps
+    return np.minimum(indices, frames - 1) if sampling.short == "repeat_last" else indices % frames
+
+
+def _by_segment(frames: int, parts: int, rng: np.random.Generator | None) -> np.ndarray:
+    place = np.full(parts, 0.5) if rng is None else rng.random(parts)
+    return np.minimum((np.arange(parts) + place) * frames / parts, frames - 1).astype(np.int64)
+
+
 def _by_time(timeline: Timeline, start_s: float, sampling: Sampling, is_short: bool) -> np.ndarray:
-    seconds = sampling.clip_seconds
+    seconds = sampling.clip_seconds or 0.0
     if is_short and sampling.short == "stretch":
         seconds = float(timeline.times_s[-1]) - start_s
     wanted_s = start_s + np.arange(sampling.num_frames) * seconds / max(sampling.num_frames - 1, 1)

@@ -83,7 +83,7 @@ def load_views(
 
     def choose(timeline: Timeline) -> Sequence[int]:
         rng = np.random.default_rng([spec.seed, zlib.crc32(key.encode())])
-        starts = view_starts(timeline.duration_s, spec.sampling.clip_seconds, spec.temporal, spec.starts, rng)
+        starts = view_starts(timeline.duration_s, spec.sampling.span_s(timeline), spec.temporal, spec.starts, rng)
         picked[:] = [clip_indices(timeline, start, spec.sampling) for start in starts]
         return np.concatenate(picked).tolist()
 

@@ -55,7 +55,7 @@ def run(
         draft = begin(out, kind="eval", stage="eval", inputs=inputs, request=request)
     if broadcast_object(isinstance(draft, Artifact), world):
         return open_artifact(out, "eval")
-    model = load_model(model_artifact, weights, work).to(_device()).to(memory_format=torch.channels_last_3d)
+    model = load_model(model_artifact, weights, work).to(_device()).channels_last()
     found = {
         d: _score(model, recipe, d, index, grid, precision, workers, world) for d, (_, index) in indices.items()
     }

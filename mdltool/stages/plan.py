@@ -42,7 +42,7 @@ def outputs_of(recipe: Recipe) -> dict[str, int]:
 def sampling(recipe: Recipe) -> Sampling:
     """How frames are picked from a stretch of video."""
     part = recipe.data.sampling
-    return Sampling(recipe.data.frames, part.clip_seconds, part.short, part.index)
+    return Sampling(recipe.data.frames, part.clip_seconds, part.short, part.index, part.stride_frames)
 
 
 def train_transform(recipe: Recipe) -> TrainTransform:

@@ -105,7 +105,7 @@ class Trainer:
         self._restored = load_checkpoint(self.folder / "checkpoints")
         self.model.to(self.device)
         if self.spec.channels_last:
-            self.model.to(memory_format=torch.channels_last_3d)
+            self.model.channels_last()
         if self._restored is not None:
             tensors, header = self._restored
             self.progress = Progress(**header["progress"])

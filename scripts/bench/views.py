@@ -93,7 +93,7 @@ def each_view_alone(content: bytes, threads: int) -> list[torch.Tensor]:
 
 
 def _indices(timeline, position: int) -> list[int]:  # type: ignore[no-untyped-def]
-    start_s = view_starts(timeline.duration_s, SPEC.sampling.clip_seconds, SPEC.temporal)[position]
+    start_s = view_starts(timeline.duration_s, SPEC.sampling.span_s(timeline), SPEC.temporal)[position]
     return clip_indices(timeline, start_s, SPEC.sampling).tolist()
 
 

@@ -130,3 +130,41 @@ def test_unknown_words_are_refused() -> None:
     ):
         with pytest.raises(MdlError):
             make()
+
+
+def test_dense_sampling_takes_every_nth_frame_and_wraps() -> None:
+    """Spec mst_adapter 5: start uniform in 0..max(0, F - 1 - (T - 1) stride), frame start + i stride modulo F."""
+    sampling = Sampling(8, None, "loop", "stride", 16)
+    timeline, rng = steady(300), np.random.default_rng(0)
+    starts = set()
+    for _ in range(6000):
+        start_s = random_start(timeline.duration_s, sampling.span_s(timeline), rng)
+        indices = clip_indices(timeline, start_s, sampling)
+        assert np.array_equal(np.diff(indices), [16] * 7)
+        starts.add(int(indices[0]))
+    assert starts == set(range(300 - 112))
+    short = clip_indices(steady(50), 0.0, sampling)
+    assert short.tolist() == [i * 16 % 50 for i in range(8)]
+    held = Sampling(8, None, "repeat_last", "stride", 16)
+    assert clip_indices(steady(50), 0.0, held).tolist() == [0, 16, 32, 48, 49, 49, 49, 49]
+    spaced = view_starts(timeline.duration_s, sampling.span_s(timeline), 3, "spaced_inclusive")
+    assert [int(clip_indices(timeline, s, sampling)[0]) for s in spaced] == [0, 94, 187]
+
+
+def test_segments_give_one_frame_each() -> None:
+    sampling = Sampling(4, index="segments")
+    assert clip_indices(steady(40), 0.0, sampling).tolist() == [5, 15, 25, 35]
+    assert clip_indices(steady(2), 0.0, sampling).tolist() == [0, 0, 1, 1]
+    drawn = [clip_indices(steady(40), 0.0, sampling, np.random.default_rng(i)) for i in range(300)]
+    assert all((picked // 10 == np.arange(4)).all() for picked in drawn)
+    assert {int(picked[2]) for picked in drawn} == set(range(20, 30))
+    assert sampling.span_s(steady(40)) == steady(40).duration_s
+
+
+@pytest.mark.parametrize(
+    "values",
+    [(4, None), (4, 1.0, "loop", "stride"), (4, None, "stretch", "stride", 3), (4, 1.0, "loop", "segments")],
+)
+def test_incomplete_rules_are_refused(values: tuple) -> None:
+    with pytest.raises(MdlError):
+        Sampling(*values)

@@ -28,7 +28,7 @@ def video() -> bytes:
 def one_by_one(video: bytes, spec: ViewSpec) -> torch.Tensor:
     """The views, each decoded by itself."""
     timeline = decode(video, lambda _: [0]).timeline
-    starts = view_starts(timeline.duration_s, spec.sampling.clip_seconds, spec.temporal, spec.starts)
+    starts = view_starts(timeline.duration_s, spec.sampling.span_s(timeline), spec.temporal, spec.starts)
     views = []
     for start_s in starts:
         wanted = clip_indices(timeline, start_s, spec.sampling)
