@@ -55,6 +55,7 @@ class ModelSpec:
     bn: str = "shared"
     dropout: float = 0.5
     head_init: str = "default"
+    head_std: float = 0.01
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -91,7 +92,7 @@ class MultiDomainModel(nn.Module):
         self.heads = nn.ModuleDict(heads)
         if spec.head_init == "normal":
             for head in heads.values():
-                nn.init.normal_(head.weight, std=0.01)
+                nn.init.normal_(head.weight, std=spec.head_std)
                 nn.init.zeros_(head.bias)
         mean, std = torch.tensor(backbone.mean), torch.tensor(backbone.std)
         self.register_buffer("mean", mean.view(1, 3, 1, 1, 1), persistent=False)
@@ -159,6 +160,10 @@ class MultiDomainModel(nn.Module):
         if not trains_adapters:
             self._eval_modules += [m for wrapper in self.sites.values() for m in wrapper.adapters.modules()]
 
+    def backbone_parameters(self) -> list[nn.Parameter]:
+        """The parameters of the library's network itself."""
+        return [tensor for _, tensor in library_tensors(self.backbone.net) if isinstance(tensor, nn.Parameter)]
+
     def backbone_norms(self) -> list[nn.Module]:
         """Every BatchNorm of the backbone itself, the wrappers of per-domain ones included."""
         own = [m for _, m in library_modules(self.backbone.net) if isinstance(m, BATCH_NORM_LAYERS)]
@@ -210,7 +215,7 @@ class MultiDomainModel(nn.Module):
         if self.spec.bn == "per_domain":
             adapters -= count([norm.inner for norm in self.norms.values()])
         heads = sum(entry["head"] for entry in per_domain.values())
-        backbone = sum(t.numel() for _, t in library_tensors(self.backbone.net) if isinstance(t, nn.Parameter))
+        backbone = sum(parameter.numel() for parameter in self.backbone_parameters())
         shared = [wrapper.shared for wrapper in self.sites.values() if wrapper.shared is not None]
         return {
             "total": backbone + heads + adapters,

@@ -16,12 +16,12 @@ TIERS = (
     ("registry", "types", "artifact", "lineage", "console", "wrapping"),
     ("tasks", "adapters", "backbones", "losses"),
     ("model", "model_store", "train", "evaluate", "compress", "data", "report"),
-    ("overrides", "recipe"),
+    ("schema", "overrides", "recipe"),
     ("stages",),
     ("cli",),
 )
 TIER = {name: number for number, tier in enumerate(TIERS) for name in tier}
-HELPERS = {"plan", "fitting"}  # in stages/, but no stages
+HELPERS = {"plan", "fitting", "weights"}  # in stages/, but no stages
 
 
 def imports(path: Path) -> set[str]:

@@ -20,6 +20,9 @@ def describe(
     views: Annotated[
         str | None, typer.Option("--views", help="TxS for the cost of a video.", metavar="TxS")
     ] = None,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="Beside each figure that the paper prints, ours and the difference.")
+    ] = False,
     overrides: options.Set = None,
     as_json: options.Json = False,
 ) -> None:
@@ -33,17 +36,20 @@ def describe(
     if as_json:
         console.result_json(found)
     else:
-        _print(loaded.about, found)
+        _print(loaded.about, found, paper)
 
 
-def _print(about: str, found: dict[str, Any]) -> None:
+def _print(about: str, found: dict[str, Any], paper: bool) -> None:
     from mdltool import console
 
     counts = found["parameters"]
     console.result(f"{found['recipe']}: {about}\n")
-    parts = ("backbone", "heads", "adapters", "total", "norms", "trainable")
+    parts = ["backbone", "heads", "adapters", "total", "norms", "trainable"]
+    if counts["projection"]:
+        parts.insert(1, "projection")
     notes = {
         "total": "backbone + heads + adapters",
+        "projection": "not used and not in the total; some papers count it",
         "norms": "shared over domains, in no column of the paper",
         "trainable": f"{found['percent_of_backbone']:.1f}% of the backbone",
     }
@@ -52,31 +58,66 @@ def _print(about: str, found: dict[str, Any]) -> None:
     domains = [(d, f"{e['adapters']:,}", f"{e['head']:,}") for d, e in found["per_domain"].items()]
     console.table("Per domain", ("domain", "adapters", "head"), domains, to_stdout=True)
     if found["sites"]:
-        sites = [(s["name"], s["path"], s["channels"], "x".join(map(str, s["grid"]))) for s in found["sites"]]
-        console.table("Sites", ("site", "module", "channels", "T x H x W"), sites, to_stdout=True)
+        columns = ("site", "module", "channels", "T x H x W")
+        console.table("Sites", columns, _sites(found["sites"]), to_stdout=True)
     flops = found["gflops"]
     console.result(f"GFLOPs: {flops['view']:.2f} a view, {flops['video']:.1f} a video ({flops['views']} views)")
     console.result(f"        ({flops['counting']})")
+    console.result(
+        f"Kept for the backward pass: {found['saved_for_backward_bytes'] / 2**20:.1f} MiB a clip in float32"
+    )
     if len(found["per_domain"]) > 1:
         separate = found["separate_models"]
         console.result(
             f"Separate models, one per domain, would have {separate:,} parameters ({separate / 1e6:.2f} M)"
         )
     if found["published"]:
-        _print_published(found["published"])
+        _print_published(found["published"], paper)
 
 
-def _print_published(published: dict[str, Any]) -> None:
+def _sites(sites: list[dict[str, Any]]) -> list[tuple[str, str, int, str]]:
+    """The adapters' sites; what repeats from block to block in one row."""
+    rows: dict[tuple[str, int, str], list[tuple[str, str]]] = {}
+    for site in sites:
+        role = site["name"].partition(".")[2] or site["name"]
+        key = (role, site["channels"], "x".join(map(str, site["grid"])))
+        rows.setdefault(key, []).append((site["name"], site["path"]))
+    merged = []
+    for (_, channels, grid), names in rows.items():
+        (name, path), more = names[0], len(names) > 1
+        merged.append(
+            (f"{name} ... {names[-1][0]}" if more else name, f"{path} ..." if more else path, channels, grid)
+        )
+    return merged
+
+
+def _print_published(published: dict[str, Any], paper: bool) -> None:
     from mdltool import console
 
     console.result(f"\nPublished ({published['paper']}): {'; '.join(published['rows'])}")
     rows = []
     for cell, entry in published["parameters"].items():
         remark = f"the paper's cell is wrong: {entry['corrected_m']:.2f}" if "corrected_m" in entry else ""
-        rows.append((cell, f"{entry['printed_m']:.2f}", f"{entry['ours_m']:.2f}", f"{entry['ours']:,}", remark))
-    if rows:
-        console.table("", ("part", "printed, M", "ours, M", "ours", ""), rows, to_stdout=True)
+        own = (f"{entry['printed_m']:g} M", f"{entry['ours_m']:g} M", f"{entry['ours']:,}", remark)
+        rows.append((f"{cell}", *own, f"{entry['difference_m']:+g} M"))
+    for cell, entry in published["percent"].items():
+        of = f"of {published['denominator']:,}" if published["denominator"] else "of the backbone"
+        own = (f"{entry['printed']:g} %", f"{entry['ours']:.2f} %", of, "")
+        rows.append((f"{cell}", *own, f"{entry['difference']:+.2f} %"))
+    if "gflops" in published:
+        entry = published["gflops"]
+        far = abs(entry["difference"]) > 0.01 * entry["printed"]
+        remark = "the paper's cannot be derived from its modules" if far else ""
+        own = (f"{entry['printed']:g}", f"{entry['ours']:.1f}", f"{entry['views']} views", remark)
+        rows.append(("GFLOPs", *own, f"{entry['difference']:+.1f}"))
+    columns = ("figure", "printed", "ours", "", "remark", "difference")
+    if rows and paper:
+        console.table("", columns, rows, to_stdout=True)
+    elif rows:
+        console.table("", columns[:-1], [row[:-1] for row in rows], to_stdout=True)
     if published["top1"]:
         console.result("Top-1 printed: " + ", ".join(f"{d} {value:.2f}" for d, value in published["top1"].items()))
+    for metric, values in published["scores"].items():
+        console.result(f"{metric} printed: " + ", ".join(f"{d} {value:g}" for d, value in values.items()))
     if published["notes"]:
         console.result(f"Note: {published['notes']}")

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mdltool.evaluate.views import parse_views
 from mdltool.model import ModelSpec, MultiDomainModel, build_model
-from mdltool.recipe import Recipe
+from mdltool.schema import Recipe
 from mdltool.stages.plan import model_spec, outputs_of
 
 
@@ -32,6 +32,7 @@ def run(recipe: Recipe, views: str | None = None) -> dict[str, Any]:
     per_domain = counts.pop("per_domain")
     temporal, spatial = parse_views(views or recipe.views.grid)
     view = gflops_per_view(model, spec)
+    saved = saved_bytes_per_clip(model, spec)
     return {
         "recipe": recipe.name,
         "parameters": counts,
@@ -43,6 +44,7 @@ def run(recipe: Recipe, views: str | None = None) -> dict[str, Any]:
             "views": f"{temporal}x{spatial}",
             "counting": "one multiply-add is one operation; norms not counted",
         },
+        "saved_for_backward_bytes": saved,
         "separate_models": sum(counts["backbone"] + entry["head"] for entry in per_domain.values()),
         "sites": [
             {
@@ -54,7 +56,7 @@ def run(recipe: Recipe, views: str | None = None) -> dict[str, Any]:
             }
             for name, w in model.sites.items()
         ],
-        "published": published(recipe, counts),
+        "published": published(recipe, counts, view),
     }
 
 
@@ -67,8 +69,29 @@ def gflops_per_view(model: MultiDomainModel, spec: ModelSpec) -> float:
     return counter.get_total_flops() / 2 / 1e9
 
 
-def published(recipe: Recipe, counts: dict[str, int]) -> dict[str, Any]:
-    """What the paper prints beside our count of the same thing, cell by cell.
+def saved_bytes_per_clip(model: MultiDomainModel, spec: ModelSpec) -> int:
+    """Bytes of float32 activations that autograd keeps for the backward pass of one clip, under the last regime.
+
+    Parameters do not count, a storage counts once, and what no gradient needs is not kept.
+    """
+    model.train()
+    own = {id(parameter) for parameter in model.parameters()} | {id(buffer) for buffer in model.buffers()}
+    kept: dict[int, tuple[Any, int]] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        base = tensor if tensor._base is None else tensor._base
+        if id(base) not in own:
+            kept[id(base)] = (base, base.numel() * base.element_size())  # held, so that no other takes its id
+        return tensor
+
+    clip = torch.empty(1, 3, spec.num_frames, spec.crop, spec.crop, device="meta")
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(clip, next(iter(spec.domains)))
+    return sum(size for _, size in kept.values())
+
+
+def published(recipe: Recipe, counts: dict[str, int], view: float) -> dict[str, Any]:
+    """What the paper prints beside our count of the same thing, cell by cell. view: GFLOPs of one view.
 
     `trainable` in the paper's sense is heads + adapters (+ backbone where it trains); the shared norms stand in no
     column of the paper (spec omi_mdl 2.3).
@@ -79,26 +102,49 @@ def published(recipe: Recipe, counts: dict[str, int]) -> dict[str, Any]:
     ours = dict(counts)
     trains_backbone = any(step.regime in ("joint", "full") for step in recipe.train.steps)
     ours["trainable"] = counts["heads"] + counts["adapters"] + (counts["backbone"] if trains_backbone else 0)
-    cells = {}
+    ours |= {cell: sum(counts[part] for part in parts) for cell, parts in source.sums.items()}
+    cells: dict[str, dict[str, Any]] = {}
     for cell, printed in source.parameters_m.items():
-        expected = source.corrected.get(cell, printed)
+        expected, rounded = source.corrected.get(cell, printed), millions(ours[cell], source.digits)
         cells[cell] = {
             "printed_m": printed,
             "ours": ours[cell],
-            "ours_m": millions(ours[cell]),
-            "matches": millions(ours[cell]) == expected,
+            "ours_m": rounded,
+            "difference_m": round(rounded - printed, source.digits),
+            "matches": rounded == expected,
         }
         if cell in source.corrected:
             cells[cell]["corrected_m"] = expected
-    return {
+    percent: dict[str, dict[str, Any]] = {}
+    for cell, printed in source.percent.items():
+        share = 100 * ours[cell] / (source.denominator or counts["backbone"])
+        percent[cell] = {"printed": printed, "ours": share, "difference": round(share - printed, 4)}
+        percent[cell]["matches"] = float(_rounded(share, 1)) == printed
+    found: dict[str, Any] = {
         "paper": source.paper,
         "rows": source.rows,
         "parameters": cells,
+        "percent": percent,
+        "denominator": source.denominator,
         "top1": source.top1,
+        "scores": source.scores,
         "notes": source.notes,
     }
+    if source.gflops is not None:
+        views = source.gflops_views or 1
+        found["gflops"] = {
+            "printed": source.gflops,
+            "views": views,
+            "ours": view * views,
+            "difference": round(view * views - source.gflops, 2),
+        }
+    return found
 
 
-def millions(parameters: int) -> float:
-    """Millions with two decimals, half up, as the paper rounds."""
-    return float((Decimal(parameters) / 1_000_000).quantize(Decimal("0.01"), ROUND_HALF_UP))
+def millions(parameters: int, digits: int = 2) -> float:
+    """Millions with so many decimals, half up, as the papers round."""
+    return float(_rounded(Decimal(parameters) / 1_000_000, digits))
+
+
+def _rounded(value: Decimal | float, digits: int) -> Decimal:
+    return Decimal(value).quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP)

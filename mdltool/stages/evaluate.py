@@ -19,8 +19,8 @@ from mdltool.evaluate.metrics import domain_report, mean_over_domains, write_sco
 from mdltool.evaluate.scores import DomainScores, score_domain
 from mdltool.model import MultiDomainModel
 from mdltool.model_store import load_model
-from mdltool.recipe import Recipe
 from mdltool.registry import did_you_mean
+from mdltool.schema import Recipe
 from mdltool.stages.plan import eval_views
 from mdltool.tasks import TASKS
 from mdltool.train.distributed import World, broadcast_object, gather_objects, join_world

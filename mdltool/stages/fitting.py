@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,8 @@ from mdltool.data.loader import Stream, TrainLoader, ViewLoader
 from mdltool.errors import MdlError
 from mdltool.evaluate.scores import score_domain, tensors_of
 from mdltool.model import ModelSpec, MultiDomainModel
-from mdltool.recipe import Recipe
 from mdltool.registry import did_you_mean
+from mdltool.schema import Recipe, Step
 from mdltool.stages.plan import sampling, train_transform, val_views
 from mdltool.tasks import TASKS, Task
 from mdltool.train.distributed import World, join_world
@@ -78,17 +79,11 @@ def gather_data(recipe: Recipe, shards: Iterable[Artifact]) -> dict[str, DomainD
     return found
 
 
-def train_spec(recipe: Recipe, spec: ModelSpec) -> TrainSpec:
-    """The recipe's training part as plain values."""
-    steps = tuple(
-        StepSpec(
-            step.regime,
-            step.updates,
-            OptimizerSpec(**step.optimizer.model_dump()),
-            ScheduleSpec(**{**step.schedule.model_dump(), "milestones": tuple(step.schedule.milestones)}),
-        )
-        for step in recipe.train.steps
-    )
+def train_spec(recipe: Recipe, spec: ModelSpec, clips: Mapping[str, int]) -> TrainSpec:
+    """The recipe's training part as plain values. clips: training clips of each domain, which make an epoch."""
+    rounds = recipe.train.rounds_per_update
+    epoch = max(math.ceil(clips[name] / (recipe.batch_of(name) * rounds)) for name in recipe.domains)
+    steps = tuple(_step_spec(step, epoch) for step in recipe.train.steps)
     return TrainSpec(
         steps=steps,
         batch={name: recipe.batch_of(name) for name in recipe.domains},
@@ -105,6 +100,17 @@ def train_spec(recipe: Recipe, spec: ModelSpec) -> TrainSpec:
     )
 
 
+def _step_spec(step: Step, epoch: int) -> StepSpec:
+    """epoch: updates of one epoch."""
+    schedule, scale = step.schedule.model_dump(), 1
+    if schedule["unit"] == "epoch":
+        scale, schedule["unit"] = epoch, "update"
+    schedule["milestones"] = tuple(scale * milestone for milestone in schedule["milestones"])
+    schedule["warmup"] *= scale
+    updates = step.updates or (step.epochs or 0) * epoch
+    return StepSpec(step.regime, updates, OptimizerSpec(**step.optimizer.model_dump()), ScheduleSpec(**schedule))
+
+
 def fit(
     recipe: Recipe,
     model: MultiDomainModel,
@@ -117,7 +123,8 @@ def fit(
     """Train `model` in `folder`, continuing from the checkpoints there."""
     from mdltool.model_store import stored_tensors
 
-    spec = train_spec(recipe, model.spec)
+    clips = {name: len(data[name].train_index) for name in recipe.domains}
+    spec = train_spec(recipe, model.spec, clips)
     tasks = {name: TASKS.load(part.task)() for name, part in recipe.domains.items()}
     world = join_world()
     accelerator = make_accelerator(recipe.train.precision, folder)

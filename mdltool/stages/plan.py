@@ -7,7 +7,7 @@ from mdltool.data.transforms import TrainTransform
 from mdltool.errors import MdlError
 from mdltool.evaluate.views import ViewSpec, parse_views
 from mdltool.model import AdapterSpec, ModelSpec
-from mdltool.recipe import Recipe
+from mdltool.schema import Recipe
 
 
 def model_spec(recipe: Recipe, outputs: dict[str, int]) -> ModelSpec:
@@ -24,6 +24,7 @@ def model_spec(recipe: Recipe, outputs: dict[str, int]) -> ModelSpec:
         bn=recipe.train.bn or default_bn,
         dropout=recipe.heads.dropout,
         head_init=recipe.heads.init,
+        head_std=recipe.heads.std,
     )
 
 

@@ -13,8 +13,8 @@ from mdltool.errors import MdlError
 from mdltool.evaluate.scores import score_domain
 from mdltool.evaluate.views import load_views
 from mdltool.model_store import load_model
-from mdltool.recipe import Recipe
 from mdltool.registry import did_you_mean
+from mdltool.schema import Recipe
 from mdltool.stages.plan import eval_views
 from mdltool.tasks import TASKS
 

@@ -18,7 +18,7 @@ from mdltool.model_store import (
     stored_tensors,
     write_model_json,
 )
-from mdltool.recipe import Recipe
+from mdltool.schema import Recipe
 from mdltool.stages.fitting import DomainData, fit, gather_data
 from mdltool.stages.plan import model_spec
 from mdltool.train.checkpoint import save_tensors

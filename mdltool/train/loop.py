@@ -94,6 +94,7 @@ class Trainer:
         self.folder = folder
         self.run_parts = run
         self.progress = Progress()
+        self._clip_norm: float | None = None
         self.device = run.accelerator.device
         self._restored: tuple[dict[str, Tensor], dict[str, Any]] | None = None
 
@@ -154,7 +155,7 @@ class Trainer:
         advance: Callable[..., None],
     ) -> None:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        optimizer = make_optimizer(step.optimizer, parameters)
+        optimizer = make_optimizer(step.optimizer, parameters, self.model.backbone_parameters())
         if self._restored is not None and self.progress.update > begin:
             restore_optimizer(optimizer, *self._restored)
         self._restored = None
@@ -165,7 +166,8 @@ class Trainer:
             started = time.monotonic()
             lr = rate(update - begin)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["scale"]
+            self._clip_norm = step.optimizer.clip_norm
             loss = self._update(update, batches, parameters, optimizer, log, lr)
             self.progress.update = update + 1
             self.progress.seconds += time.monotonic() - started
@@ -204,6 +206,8 @@ class Trainer:
             if batch.skipped:
                 log.write(update + 1, batch.domain, skipped=[key for key, _ in batch.skipped])
         sum_gradients(parameters, self.run_parts.world)
+        if self._clip_norm is not None:
+            self.run_parts.accelerator.clip_grad_norm_(parameters, self._clip_norm)
         optimizer.step()
         return sum(losses) / len(losses)
 

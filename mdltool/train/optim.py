@@ -13,7 +13,10 @@ from torch import nn
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """weight_decay applies to every parameter, norms and biases included, as in Omi et al.'s runs (spec 3.4)."""
+    """weight_decay applies to every parameter, norms and biases included, as in Omi et al.'s runs (spec 3.4), or
+    with `decay: matrices` to those of two and more dimensions. backbone_lr: the backbone's own rate (None: lr).
+    clip_norm: the most L2 norm of all gradients together (None: no clipping).
+    """
 
     name: str
     lr: float
@@ -21,6 +24,9 @@ class OptimizerSpec:
     nesterov: bool = False
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
+    decay: str = "all"
+    backbone_lr: float | None = None
+    clip_norm: float | None = None
 
 
 @dataclass(frozen=True)
@@ -35,18 +41,29 @@ class ScheduleSpec:
     unit: str = "update"
 
 
-def make_optimizer(spec: OptimizerSpec, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """SGD or AdamW over one group of parameters."""
-    parameters = list(parameters)
+def make_optimizer(
+    spec: OptimizerSpec, parameters: Iterable[nn.Parameter], backbone: Iterable[nn.Parameter] = ()
+) -> torch.optim.Optimizer:
+    """SGD or AdamW. `backbone` says which of the parameters take backbone_lr.
+
+    A group's `scale` is what the schedule's rate is multiplied with. Without options there is one group.
+    """
+    own = {id(parameter) for parameter in backbone} if spec.backbone_lr is not None else set()
+    grouped: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for parameter in parameters:
+        decays = spec.decay == "all" or parameter.ndim > 1
+        grouped.setdefault((id(parameter) in own, decays), []).append(parameter)
+    groups = [
+        {
+            "params": members,
+            "weight_decay": spec.weight_decay if decays else 0.0,
+            "scale": (spec.backbone_lr or spec.lr) / spec.lr if in_backbone else 1.0,
+        }
+        for (in_backbone, decays), members in grouped.items()
+    ]
     if spec.name == "adamw":
-        return torch.optim.AdamW(parameters, lr=spec.lr, betas=spec.betas, weight_decay=spec.weight_decay)
-    return torch.optim.SGD(
-        parameters,
-        lr=spec.lr,
-        momentum=spec.momentum,
-        nesterov=spec.nesterov,
-        weight_decay=spec.weight_decay,
-    )
+        return torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas)
+    return torch.optim.SGD(groups, lr=spec.lr, momentum=spec.momentum, nesterov=spec.nesterov)
 
 
 def learning_rate(spec: ScheduleSpec, base: float, updates: int, batches_per_update: int) -> Callable[[int], float]:

@@ -257,3 +257,12 @@ def test_recalibration_measures_each_domain_after_shared_training(tmp_path: Path
     torch.testing.assert_close(stem["b"].running_mean, expected, rtol=1e-6, atol=1e-8)
     assert not torch.allclose(stem["a"].running_mean, stem["b"].running_mean)
     assert all(int(stem[d].num_batches_tracked) == 3 for d in DOMAINS)
+
+
+def test_groups_decay_matrices_alone_and_give_the_backbone_its_own_rate() -> None:
+    matrix, vector, own = (torch.nn.Parameter(torch.ones(shape)) for shape in ((2, 2), (2,), (2, 2)))
+    spec = OptimizerSpec("adamw", 0.1, weight_decay=0.5, decay="matrices", backbone_lr=0.01)
+    groups = make_optimizer(spec, [matrix, vector, own], [own]).param_groups
+    by_parameter = {id(p): (g["weight_decay"], round(g["scale"], 9)) for g in groups for p in g["params"]}
+    assert [by_parameter[id(p)] for p in (matrix, vector, own)] == [(0.5, 1.0), (0.0, 1.0), (0.5, 0.1)]
+    assert len(make_optimizer(OptimizerSpec("sgd", 0.1), [matrix, vector, own], [own]).param_groups) == 1
