@@ -16,5 +16,7 @@ ADAPTERS = Table(
         "cls_shift": "mdltool.adapters.cls_shift:ClassTokenShift",
         "lora": "mdltool.adapters.lora:LoraAdapter",
         "2d_tmix": "mdltool.adapters.frame_mixing:FrameMixingAdapter",
+        "series": "mdltool.adapters.residual:SeriesAdapter",
+        "parallel": "mdltool.adapters.residual:ParallelAdapter",
     },
 )

@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdltool.adapters.base import Inner, TokenAdapter, TokenOptions
+from mdltool.errors import MdlError
 from mdltool.types import Site
 from mdltool.wrapping import TokenGrid
 
@@ -50,6 +51,12 @@ class MhvaAdapter(TokenAdapter):
 
     def __init__(self, site: Site, options: MhvaOptions) -> None:
         super().__init__(site, options)
+        if site.role == "attn_pool":
+            raise MdlError(
+                "this attention changes the grid or the width, so that an adapter beside it has nothing to add to",
+                f"adapters (mhva), site '{site.name}'",
+                "leave the site out; sites: all does",
+            )
         channels, r = site.channels, options.r
         self._chunk, self._cls, self._window = options.chunk, options.cls, site.window
         self._heads = options.heads

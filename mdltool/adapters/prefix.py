@@ -51,7 +51,7 @@ class PrefixAdapter(TokenAdapter):
 
     @classmethod
     def roles(cls, options: Any) -> frozenset[str]:
-        return frozenset({"attn"})
+        return frozenset({"attn", "attn_pool"})
 
     def forward(self, inner: Inner, x: Tensor, grid: TokenGrid) -> Tensor:
         prefix_LC = self.dropout(self.reparam(self.prefix))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mdltool.errors import MdlError
 from mdltool.types import ModuleShape, Place, Site
-from mdltool.wrapping import Route, Wrapper, find, replace
+from mdltool.wrapping import Route, TokenGrid, Wrapper, find, replace
 
 
 class BackboneOptions(BaseModel):
@@ -145,10 +145,12 @@ class _Probe(Wrapper):
         super().__init__(inner)
         self._route = route
         self.shape: tuple[int, ...] | None = None
+        self._tokens: TokenGrid | None = None
 
     def forward(self, x: Tensor, *rest: Any, **named: Any) -> Any:
         y = self.inner(x, *rest, **named)
         self.shape = tuple(y.shape) if isinstance(y, Tensor) else None
+        self._tokens = self._route.tokens  # here and now: a pyramid's grid changes on the way
         return y
 
     def owned(self) -> nn.Module | None:
@@ -160,7 +162,7 @@ class _Probe(Wrapper):
         window = getattr(module, "window", None)
         while isinstance(module, Wrapper):
             module = module.inner
-        shape, tokens, layer = self.shape or (), self._route.tokens, None
+        shape, tokens, layer = self.shape or (), self._tokens, None
         grid: tuple[int, ...]
         channels = shape[-1] if tokens is not None and shape else 0
         if tokens is not None and tokens.layout == "grid" and len(shape) == 5:

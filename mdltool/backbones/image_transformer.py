@@ -141,6 +141,14 @@ class ClipTiny(ClipVision):
     default_crop = 32
 
 
+class ClipSmall(ClipVision):
+    """A CLIP-style encoder that two CPU cores can train: four blocks of 128 channels, pictures of 64 x 64."""
+
+    about = "a CLIP-style image encoder of a size that CPUs can train (transformers)"
+    config = _clip(128, 4, 4, 8, 64)
+    default_crop = 64
+
+
 class VitAttention(ProjectedAttention):
     output = "o_proj"
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mdltool.backbones.base import Backbone, BackboneOptions
 from mdltool.types import Place
+from mdltool.wrapping import library_modules
 
 with warnings.catch_warnings():
     # fvcore scripts a function at import, which newer torch calls deprecated: nothing that a user could change.
@@ -53,7 +54,26 @@ class PyTorchVideoBackbone(Backbone):
         return pooled_BFthw.flatten(2).transpose(1, 2)
 
     def places(self) -> dict[str, Place]:
-        return {f"stage{i + 1}": Place(f"blocks.{i}", "stage", "", i + 1) for i in range(len(self._blocks()) - 1)}
+        count = len(self._blocks()) - 1
+        stages = {f"stage{i + 1}": Place(f"blocks.{i}", "stage", "", i + 1) for i in range(count)}
+        return stages | self._convolutions()
+
+    def _convolutions(self) -> dict[str, Place]:
+        """Convolutions with a side of 3 or more: conv_b of every bottleneck, conv_a where it spans frames, and the
+        stem's dense one (spec residual_adapters 2.2). Their layers count the stages of bottlenecks; the stem's is
+        0.
+        """
+        found = {}
+        for path, module in library_modules(self.net):
+            if not isinstance(module, nn.Conv3d) or max(module.kernel_size) < 3:
+                continue
+            _, block, *inner = path.split(".")
+            if inner[0] == "res_blocks":
+                name = f"stage{int(block) + 1}.{int(inner[1]) + 1}.{inner[-1]}"
+                found[name] = Place(path, "conv", inner[-1], int(block))
+            elif module.groups == 1:
+                found["stage1.conv_stem"] = Place(path, "conv", "conv_stem", 0)
+        return found
 
     def _blocks(self) -> Any:
         return self.net.blocks

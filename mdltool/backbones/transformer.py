@@ -10,6 +10,7 @@ own. Shape suffixes: B batch, N tokens, H heads, L prefix tokens, C channels, D 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -140,7 +141,9 @@ class Dropped(Wrapper):
 class OpenBlock(Wrapper):
     """A library's block restated with its places open."""
 
-    def __init__(self, block: nn.Module, names: Names, attention: type[OpenAttention], drop: str | None) -> None:
+    def __init__(
+        self, block: nn.Module, names: Names, attention: Callable[[nn.Module], OpenAttention], drop: str | None
+    ) -> None:
         super().__init__(block)
         self._names = names
         self.taps = nn.ModuleDict({role: nn.Identity() for role in TAPS})

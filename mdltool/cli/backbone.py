@@ -1,4 +1,4 @@
-"""mdltool backbone list|show|import|pretrain."""
+"""mdltool backbone list|show|fetch|import|pretrain."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ def register(app: typer.Typer) -> None:
     )
     group.command("list", epilog="Example: mdltool backbone list")(list_backbones)
     group.command("show", epilog="Example: mdltool backbone show x3d_m")(show)
+    group.command("fetch", epilog="Example: mdltool backbone fetch x3d_m")(fetch)
     group.command("import", epilog="Example: mdltool backbone import x3d_m --file X3D_M.pyth")(import_backbone)
     group.command(
         "pretrain", epilog="Example: mdltool backbone pretrain --data chalk=artifacts/shards/chalk-train"
@@ -49,6 +50,7 @@ def show(
 ) -> None:
     """One backbone: parameters, input, sites and where its weights come from."""
     from mdltool import console
+    from mdltool.backbones.sources import parse
 
     found = _describe(name)
     if as_json:
@@ -58,7 +60,8 @@ def show(
     console.result(f"input: {found['frames']} frames of {found['crop']} x {found['crop']}")
     console.table("Sites", ("site", "kind", "channels", "T x H x W"), _grouped(found["sites"]), to_stdout=True)
     for tag, source in found["weights"].items():
-        console.result(f"weights '{tag}': {source}; then: mdltool backbone import {name} --file FILE --tag {tag}")
+        how = f"fetch {name}" if parse(source) is not None else f"import {name} --file FILE"
+        console.result(f"weights '{tag}': {source}; mdltool backbone {how} --tag {tag}")
 
 
 def _grouped(sites: list[dict[str, Any]]) -> list[tuple[str, str, int, str]]:
@@ -100,13 +103,67 @@ def _describe(name: str, with_sites: bool = True) -> dict[str, Any]:
     return found
 
 
+Tag = Annotated[
+    str | None, typer.Option("--tag", help="What the weights were trained on (default: the first that show lists).")
+]
+OwnSet = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="An option of the backbone, e.g. window=[16,7,7]; repeat it.", metavar="KEY=VALUE"),
+]
+Classes = Annotated[
+    Path | None, typer.Option("--classes", help="The classifier's class names, one a line, to reuse its head.")
+]
+
+
+def fetch(
+    name: Annotated[str, typer.Argument(help="A backbone's name.", metavar="NAME")],
+    tag: Tag = None,
+    url: Annotated[str | None, typer.Option("--url", help="Another address: http, https or file.")] = None,
+    sha256: Annotated[
+        str | None, typer.Option("--sha256", help="What the file must hash to, or its first 8 hex digits or more.")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", help="Take this downloaded file; its official sha256 is checked.")
+    ] = None,
+    classes: Classes = None,
+    overrides: OwnSet = None,
+    work: options.Work = None,
+    out: options.Out = None,
+    as_json: options.Json = False,
+) -> None:
+    """Download official weights into a backbone artifact. Nothing in the file is executed.
+
+    A cut download continues where it stopped. $MDLTOOL_CACHE, $MDLTOOL_MIRROR, $HF_HOME and $HF_ENDPOINT are
+    heeded.
+    """
+    from mdltool import console
+    from mdltool.artifact import work_dir
+    from mdltool.stages import fetch as stage
+    from mdltool.stages.weights import default_tag
+
+    tag = tag or default_tag(name)
+    target = out or work_dir(work) / "backbone" / f"{name}-{tag}"
+    artifact = stage.fetch(
+        name,
+        target,
+        tag=tag,
+        url=url,
+        sha256=sha256,
+        file=file,
+        classes=_lines(classes),
+        options=_options(overrides),
+    )
+    console.emit(artifact, as_json)
+
+
 def import_backbone(
     name: Annotated[str, typer.Argument(help="The backbone that the file was made for.", metavar="NAME")],
-    file: Annotated[Path, typer.Option("--file", help="A checkpoint: .pyth, .pth or .safetensors.")],
-    tag: Annotated[str, typer.Option("--tag", help="What the weights were trained on.")] = "kinetics400",
-    classes: Annotated[
-        Path | None, typer.Option("--classes", help="The classifier's class names, one a line, to reuse its head.")
-    ] = None,
+    file: Annotated[
+        Path, typer.Option("--file", help="A checkpoint: .pyth, .pth, .safetensors or a transformers directory.")
+    ],
+    tag: Tag = None,
+    classes: Classes = None,
+    overrides: OwnSet = None,
     work: options.Work = None,
     out: options.Out = None,
     as_json: options.Json = False,
@@ -114,16 +171,37 @@ def import_backbone(
     """Read an official checkpoint into a backbone artifact. Nothing in the file is executed."""
     from mdltool import console
     from mdltool.artifact import work_dir
-    from mdltool.stages import backbone as stage
+    from mdltool.stages.weights import default_tag, import_weights
 
-    names = None
-    if classes is not None:
-        if not classes.is_file():
-            raise MdlError("there is no such file", classes, "give a text file with one class a line")
-        names = classes.read_text().split("\n")
-        names = [line.strip() for line in names if line.strip()]
+    tag = tag or default_tag(name)
     target = out or work_dir(work) / "backbone" / f"{name}-{tag}"
-    console.emit(stage.import_file(name, file, target, tag=tag, classes=names), as_json)
+    artifact = import_weights(name, file, target, tag=tag, classes=_lines(classes), options=_options(overrides))
+    console.emit(artifact, as_json)
+
+
+def _lines(classes: Path | None) -> list[str] | None:
+    """Class names, one a line."""
+    if classes is None:
+        return None
+    if not classes.is_file():
+        raise MdlError("there is no such file", classes, "give a text file with one class a line")
+    return [line.strip() for line in classes.read_text().split("\n") if line.strip()]
+
+
+def _options(overrides: list[str] | None) -> dict[str, Any]:
+    """KEY=VALUE words, each value read as YAML."""
+    import yaml
+
+    found: dict[str, Any] = {}
+    for word in overrides or ():
+        key, equals, text = word.partition("=")
+        if not equals or not key:
+            raise MdlError(f"'{word}' is no option of a backbone", "--set", "write --set key=value")
+        try:
+            found[key.removeprefix("backbone.")] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise MdlError(f"the value is not valid YAML: {error}", f"--set {word}", "quote it") from None
+    return found
 
 
 def pretrain(

@@ -108,7 +108,7 @@ def _print_published(published: dict[str, Any], paper: bool) -> None:
         entry = published["gflops"]
         far = abs(entry["difference"]) > 0.01 * entry["printed"]
         remark = "the paper's cannot be derived from its modules" if far else ""
-        own = (f"{entry['printed']:g}", f"{entry['ours']:.1f}", f"{entry['views']} views", remark)
+        own = (f"{entry['printed']:g}", f"{entry['ours']:.1f}", f"{entry['views']} view(s)", remark)
         rows.append(("GFLOPs", *own, f"{entry['difference']:+.1f}"))
     columns = ("figure", "printed", "ours", "", "remark", "difference")
     if rows and paper:

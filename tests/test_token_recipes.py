@@ -1,0 +1,157 @@
+"""Counts and GFLOPs of the recipes of MST-Adapter and CM3T (spec mst_adapter 1, 3.1, 4; cm3t 1, 3.2, 4)."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+
+from mdltool.model import AdapterSpec, ModelSpec, build_model
+from mdltool.recipe import load, shipped
+from mdltool.stages import describe
+
+B16, L14, SWIN, VIVIT, VIT = 85_799_424, 303_179_776, 87_638_984, 88_646_400, 85_798_656
+MST_B, MST_L = 17_897_544, 45_244_560
+MHVA_PT_SWIN, MHVA_PT_VIT, ST, ST2 = 11_236_656, 8_603_928, 7_110_144, 14_220_288
+
+
+def _mst_rows() -> dict[str, tuple[int, int]]:
+    rows = {}
+    for data in ("k400", "ssv2"):
+        for frames in (8, 16):
+            rows[f"mst_{data}_b16_{frames}"] = (B16, MST_B)
+            rows[f"mst_{data}_l14_{frames}"] = (L14, MST_L)
+            rows[f"mst_{data}_b16_{frames}_stadapter"] = (B16, ST if data == "k400" else ST2)
+        base = f"mst_{data}_b16_8_"
+        rows[base + "full"] = (B16, 0)
+        for row in ("noshift", "posa", "posb", "posc"):
+            rows[base + row] = (B16, MST_B)
+        for row in ("1_4", "5_8", "9_12"):
+            rows[base + "layers_" + row] = (B16, 5_965_848)
+        for row in ("1_8", "5_12"):
+            rows[base + "layers_" + row] = (B16, 11_931_696)
+        rows[base + "nopw"] = (B16, 14_349_384)
+        rows[base + "avg"] = (B16, MST_B - 72)
+        rows[base + "avg_nopw"] = (B16, 14_349_312)
+    return rows
+
+
+CM3T_ROWS = {
+    "cm3t_ek100_swinb_mhva_pt": (SWIN, MHVA_PT_SWIN),
+    "cm3t_ek100_swinb_adaptformer_pt": (SWIN, 1_914_648),
+    "cm3t_ek100_swinb_full": (SWIN, 0),
+    "cm3t_ek100_clipb_mhva_pt": (B16, MHVA_PT_VIT),
+    "cm3t_ek100_vivitb_full": (VIVIT, 0),
+    "cm3t_ek100_vivitb_mhva_pt": (VIVIT, MHVA_PT_VIT),
+    "cm3t_ek100_vitb_stadapter": (VIT, ST),
+    "cm3t_ek100_clipb_stadapter": (B16, ST),
+    **{f"cm3t_{data}_swinb_mhva_pt": (SWIN, MHVA_PT_SWIN) for data in ("udiva", "mpiigi")},
+    **{f"cm3t_{data}_swinb_full": (SWIN, 0) for data in ("udiva", "mpiigi")},
+    **{f"cm3t_{data}_clipb_mhva_pt": (B16, MHVA_PT_VIT) for data in ("udiva", "mpiigi")},
+    **{f"cm3t_{data}_clipb_stadapter": (B16, ST) for data in ("udiva", "mpiigi")},
+}
+ROWS = _mst_rows() | CM3T_ROWS
+# spec mst_adapter 4 and cm3t 4, per view
+GFLOPS = {
+    "mst_k400_b16_8_full": 140.50,
+    "mst_k400_b16_8": 168.61,
+    "mst_k400_b16_16": 337.22,
+    "mst_k400_l14_8": 740.83,
+    "mst_k400_l14_16": 1481.65,
+    "mst_k400_b16_8_stadapter": 454.9 / 3,
+    "mst_k400_b16_16_stadapter": 909.7 / 3,
+    "mst_ssv2_b16_16_stadapter": 976.4 / 3,
+    "cm3t_ek100_swinb_full": 281.33,
+    "cm3t_ek100_swinb_adaptformer_pt": 291.11,
+    "cm3t_ek100_swinb_mhva_pt": 291.11,
+    "cm3t_ek100_clipb_mhva_pt": 143.66,
+    "cm3t_ek100_vivitb_full": 451.52,
+    "cm3t_ek100_vivitb_mhva_pt": 457.4,
+    "cm3t_ek100_vitb_stadapter": 303.2,
+}
+
+
+@functools.cache
+def counts(name: str) -> dict[str, Any]:
+    recipe = load(name)
+    spec = describe.model_spec(recipe, describe.outputs_of(recipe))
+    with torch.device("meta"):
+        return build_model(spec).parameter_counts()
+
+
+@functools.cache
+def described(name: str) -> dict[str, Any]:
+    return describe.run(load(name))
+
+
+def test_every_recipe_of_the_papers_has_its_row_here() -> None:
+    assert set(ROWS) == {name for name in shipped() if name.startswith(("mst_", "cm3t_"))}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_exact_integers(name: str) -> None:
+    found = counts(name)
+    assert (found["backbone"], found["adapters"]) == ROWS[name]
+
+
+@pytest.mark.parametrize("name", GFLOPS)
+def test_gflops_and_every_printed_cell(name: str) -> None:
+    """GFLOPs within half a percent of the specifications' own counts; printed sizes match as they are rounded."""
+    found = described(name)
+    assert found["gflops"]["view"] == pytest.approx(GFLOPS[name], rel=0.005)
+    assert all(cell["matches"] for cell in found["published"]["parameters"].values())
+    assert all(cell["matches"] for cell in found["published"]["percent"].values())
+    if "gflops" in found["published"]:
+        entry = found["published"]["gflops"]
+        far = abs(entry["difference"]) > 0.01 * entry["printed"]
+        assert not far or load(name).published.notes is not None
+
+
+def adapters(backbone: str, frames: int, *entries: tuple[str, dict[str, Any]]) -> int:
+    parts = [AdapterSpec(kind, "all", options) for kind, options in entries]
+    spec = ModelSpec(backbone, {}, frames, 224, {"a": 1}, parts, bn="frozen")
+    with torch.device("meta"):
+        found: int = build_model(spec).parameter_counts()["adapters"]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("options", "b16", "l14"),
+    [
+        ({"r": 256}, 11.15, 28.61),
+        ({"r": 320}, 14.43, 36.73),
+        ({"r": 448}, 21.57, 54.15),
+        ({"r": 512}, 25.43, 63.46),
+        ({"kernels": "t135"}, 17.84, 45.13),
+        ({"kernels": "mixed17"}, 17.92, 45.28),
+        ({"kernels": "mixed31"}, 18.05, 45.54),
+        ({"kernels": "mixed39"}, 18.12, 45.69),
+        ({"kernels": "cube135"}, 19.17, 47.79),
+        ({"kernels": "cube357"}, 22.32, 54.09),
+        ({"fusion": "softmax"}, 17.90, 45.24),
+    ],
+)
+def test_widths_and_kernels_of_the_count_table(options: dict[str, Any], b16: float, l14: float) -> None:
+    """Spec mst_adapter 3.1."""
+    assert round(adapters("clip_vit_b16", 8, ("mst", options)) / 1e6, 2) == b16
+    assert round(adapters("clip_vit_l14", 8, ("mst", options)) / 1e6, 2) == l14
+
+
+def test_the_parts_of_the_counts() -> None:
+    dense = adapters("clip_vit_b16", 8, ("mst", {}))
+    assert dense - adapters("clip_vit_b16", 8, ("mst", {"fusion": "average"})) == 72
+    assert dense - adapters("clip_vit_b16", 8, ("mst", {"pointwise": "none"})) == 3_548_160
+    large = adapters("clip_vit_l14", 8, ("mst", {}))
+    assert large - adapters("clip_vit_l14", 8, ("mst", {"fusion": "average"})) == 144
+    assert large - adapters("clip_vit_l14", 8, ("mst", {"pointwise": "none"})) == 7_096_320
+    assert adapters("swin3d_b", 32, ("mst", {})) == 25_951_888
+    assert adapters("vivit_b", 32, ("mst", {})) == MST_B
+    assert adapters("swin3d_b", 32, ("mhva", {"scale": "fixed"})) == 10_875_648
+    assert adapters("swin3d_b", 32, ("prefix", {})) == 360_960 + 24
+    assert adapters("swin3d_b", 32, ("mhva", {"heads": 1}), ("prefix", {})) == 1_914_672
+    assert adapters("clip_vit_l14", 8, ("mhva", {}), ("prefix", {})) == 22_940_208
+    windows = adapters("swin3d_b", 32, ("mhva", {"heads": 8, "layers": "1-22"}), ("prefix", {"length": 32}))
+    last = adapters("swin3d_b", 32, ("mhva", {"heads": 2, "layers": "23-24"}))
+    assert windows + last == 11_228_464
