@@ -243,6 +243,17 @@ def build_backbone(spec: ModelSpec) -> Backbone:
     return factory(options, spec.num_frames, spec.crop)
 
 
+def check_adapters(spec: ModelSpec) -> None:
+    """Raise MdlError for an adapter that the backbone has no site for; builds no weights."""
+    with torch.device("meta"):
+        declared = build_backbone(spec).places()
+    for entry in spec.adapters:
+        method, options = _method_of(entry)
+        for name in choose_sites(entry.sites, declared, method, options):
+            if name in declared and declared[name].kind not in method.kinds:
+                raise _no_site(method, declared)
+
+
 def build_model(spec: ModelSpec, backbone: Backbone | None = None) -> MultiDomainModel:
     """Assemble a model; adapters and heads are freshly initialised from torch's generator."""
     return MultiDomainModel(backbone or build_backbone(spec), spec)
@@ -292,12 +303,7 @@ def choose_sites(
         return sites
     taken = {name: place for name, place in declared.items() if method.takes(place, options)}
     if not taken:
-        kinds = sorted({place.kind for place in declared.values()})
-        raise MdlError(
-            f"the backbone has no site for this adapter, which takes kind {' or '.join(sorted(method.kinds))}",
-            "adapters.type",
-            f"an adapter for one of the backbone's kinds: {', '.join(kinds)}",
-        )
+        raise _no_site(method, declared)
     if sites == "all":
         return list(taken)
     layers = sorted({place.layer for place in taken.values()})
@@ -309,6 +315,16 @@ def choose_sites(
         f"'{sites}' is no choice of sites",
         "adapters.sites",
         f"all, early-x or late-x with x from 1 to {len(layers)}, or a list of {some(taken)}",
+    )
+
+
+def _no_site(method: type[AnyAdapter], declared: Mapping[str, Place]) -> MdlError:
+    name, takes = ADAPTERS.name_of(method), " or ".join(sorted(method.kinds))
+    kinds = sorted({place.kind for place in declared.values()})
+    return MdlError(
+        f"the backbone has no site for the adapter '{name}', which takes sites of kind {takes}",
+        "adapters",
+        f"this backbone offers sites of kind {', '.join(kinds)}; take an adapter for one of them",
     )
 
 

@@ -22,6 +22,7 @@ from mdltool.schema import Recipe
 
 _DOMAIN_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _RESERVED = ("backbone", "shared", "head")
+PUBLISHED = "published"  # the folder beside the families that holds the papers' printed tables, no recipes
 
 ALIASES = {"omi_x3dm_all": "omi_x3dm_2plus1d_all"}
 
@@ -37,7 +38,8 @@ def shipped() -> dict[str, Path]:
     found = {}
     for folder in recipe_dirs():
         for path in sorted(folder.glob("*/*.yaml")):
-            found[f"{path.parent.name}_{path.stem}"] = path
+            if path.parent.name != PUBLISHED:
+                found[f"{path.parent.name}_{path.stem}"] = path
     return found
 
 
@@ -81,23 +83,24 @@ def validate(content: dict[str, Any], where: object) -> Recipe:
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
-        faults = [_fault(entry) for entry in error.errors()]
+        faults = [fault(entry, Recipe) for entry in error.errors()]
     faults += _part_faults(content)
     if recipe is not None and not faults:
         faults = _cross_faults(recipe)
     if faults:
         noun = "fault" if len(faults) == 1 else "faults"
-        listing = "".join(f"\n    {fault}" for fault in faults)
+        listing = "".join(f"\n    {entry}" for entry in faults)
         raise MdlError(f"the recipe has {len(faults)} {noun}:{listing}", where, "mend the keys above")
     assert recipe is not None
     return recipe
 
 
-def _fault(entry: Any) -> str:
+def fault(entry: Any, model: type[BaseModel]) -> str:
+    """One line for one of pydantic's errors: its path in `model`, what is wrong, the nearest valid key."""
     path = ".".join(str(part) for part in entry["loc"])
     if entry["type"] == "extra_forbidden":
         *parents, key = entry["loc"]
-        keys = _keys_at(Recipe, parents)
+        keys = _keys_at(model, parents)
         return f"{path}: unknown key; {did_you_mean(str(key), keys)}" if keys else f"{path}: unknown key"
     if entry["type"] == "missing":
         return f"{path}: missing"

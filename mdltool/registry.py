@@ -36,6 +36,10 @@ class Table:
     def __contains__(self, name: object) -> bool:
         return name in self.entries
 
+    def name_of(self, attribute: type) -> str:
+        """The name that stands for a class of this table."""
+        return next(name for name, target in self.entries.items() if target.endswith(f":{attribute.__name__}"))
+
     def load(self, name: str, where: object = None) -> Any:
         """The attribute that `name` stands for. Raises MdlError for a name that is not listed."""
         if name not in self.entries:

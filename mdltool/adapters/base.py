@@ -132,10 +132,11 @@ def _ranges(text: str) -> list[range]:
     """ "1-4,9" as ranges. Raises ValueError for anything else."""
     found = []
     for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        if not first.isdigit() or not (last or first).isdigit() or int(first) < 1:
+        first, dash, last = part.strip().partition("-")
+        last = last if dash else first
+        if not first.isdigit() or not last.isdigit() or not 1 <= int(first) <= int(last):
             raise ValueError(f"'{text}' is no list of blocks such as 1-4 or 1-4,9-12")
-        found.append(range(int(first), int(last or first) + 1))
+        found.append(range(int(first), int(last) + 1))
     return found
 
 

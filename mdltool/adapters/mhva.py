@@ -83,7 +83,7 @@ class MhvaAdapter(TokenAdapter):
     def adapt(self, x: Tensor, grid: TokenGrid) -> Tensor:
         """s MHVA(x), in the layout of x."""
         class_BTC, patches_BTHWC = grid.split(x)
-        order, counts = _chunks(self._chunk, self._heads, grid, self._window)
+        order, counts = _chunks(self._chunk, self._heads, grid, self._window, x.device)
         x_BTPC = patches_BTHWC.flatten(2, 3)
         if order is not None:
             x_BTPC = x_BTPC[:, :, order]
@@ -128,7 +128,7 @@ class AdaptFormerAdapter(MhvaAdapter):
 
 
 def _chunks(
-    chunk: str, heads: int, grid: TokenGrid, window: tuple[int, int, int] | None
+    chunk: str, heads: int, grid: TokenGrid, window: tuple[int, int, int] | None, device: torch.device
 ) -> tuple[Tensor | None, list[int]]:
     """The order that brings each head's positions of a slice together (None: as they are), and how many each
     has.
@@ -139,17 +139,22 @@ def _chunks(
         return None, [
             math.ceil((k + 1) * positions / heads) - math.ceil(k * positions / heads) for k in range(heads)
         ]
-    row, column = torch.arange(height)[:, None], torch.arange(width)[None]
     if chunk.startswith("grid:"):
         down, across = (int(n) for n in chunk.removeprefix("grid:").split("x"))
-        number, total = (row * down // height) * across + column * across // width, down * across
+        rows = [row * down // height for row in range(height)]
+        columns = [column * across // width for column in range(width)]
     else:
         tall, wide = (min(n, w) for n, w in zip((height, width), (window or (1, 7, 7))[1:], strict=True))
-        across = math.ceil(width / wide)
         if chunk == "windows":
-            number, total = (row // tall) * across + column // wide, math.ceil(height / tall) * across
+            down, across = math.ceil(height / tall), math.ceil(width / wide)
+            rows, columns = [row // tall for row in range(height)], [column // wide for column in range(width)]
         else:
-            number, total = (row % tall) * wide + column % wide, tall * wide
-    owner = (number * heads // total).flatten()
-    counts = torch.bincount(owner, minlength=heads).tolist()
+            down, across = tall, wide
+            rows, columns = [row % tall for row in range(height)], [column % wide for column in range(width)]
+    counts = [0] * heads  # without tensors, whose values a compiled graph could not split by
+    for i in range(down):
+        for j in range(across):
+            counts[(i * across + j) * heads // (down * across)] += rows.count(i) * columns.count(j)
+    number = torch.tensor(rows, device=device)[:, None] * across + torch.tensor(columns, device=device)
+    owner = (number * heads // (down * across)).flatten()
     return owner.argsort(stable=True), counts

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mdltool.cli import options
 from mdltool.errors import MdlError
+
+if TYPE_CHECKING:
+    from mdltool.published import PrintedTable
 
 Name = Annotated[str, typer.Argument(help="A recipe's name or YAML file.", metavar="RECIPE")]
 
@@ -28,10 +31,23 @@ def register(app: typer.Typer) -> None:
 
 
 def list_recipes(
+    paper: Annotated[
+        str | None, typer.Argument(help="With --published: only this paper, e.g. omi_mdl.", metavar="PAPER")
+    ] = None,
     family: Annotated[str | None, typer.Option("--family", help="Only this family, e.g. omi.")] = None,
+    published: Annotated[
+        bool, typer.Option("--published", help="The papers' printed tables instead, other systems included.")
+    ] = False,
     as_json: options.Json = False,
 ) -> None:
     """Every recipe with what it stands for and the numbers that its paper prints."""
+    if published:
+        if family is not None:
+            raise MdlError("--family and --published do not go together", "--family", "name a paper instead")
+        _list_published(paper, as_json)
+        return
+    if paper is not None:
+        raise MdlError("a paper goes with --published", paper, f"mdltool recipe list --published {paper}")
     import yaml
 
     from mdltool import console
@@ -61,6 +77,55 @@ def list_recipes(
         console.table(group, columns, cells, to_stdout=True)
     for alias, name in ALIASES.items():
         console.result(f"{alias} = {name}")
+    console.result("mdltool recipe list --published shows every printed row of the papers, other systems too")
+
+
+def _list_published(paper: str | None, as_json: bool) -> None:
+    from mdltool import console
+    from mdltool.published import load, papers
+
+    found = [load(name) for name in ([paper] if paper is not None else papers())]
+    if as_json:
+        console.result_json({"papers": [entry.model_dump(mode="json") for entry in found]})
+        return
+    for entry in found:
+        console.result(f"{entry.paper}: {entry.title}\n")
+        for table in entry.tables:
+            _print_table(table)
+
+
+def _print_table(table: PrintedTable) -> None:
+    """A printed table, each row's recipes under its name; corrections and notes follow it."""
+    from mdltool import console
+    from mdltool.published import digits, text
+
+    decimals = {column: digits(table, column) for column in table.columns}
+    rows: list[list[str]] = []
+    group = None
+    for row in table.rows:
+        if row.group and row.group != group:
+            rows.append([f"{row.group}:", *("" for _ in table.columns)])
+        group = row.group
+        # one column for both: names of recipes are long, and a folded one cannot be copied
+        name = "\n".join([row.system, *(f"= {recipe}" for recipe in row.recipes)])
+        rows.append([name, *(text(row.cells.get(column), decimals[column]) for column in table.columns)])
+    if rows:
+        first = "system\n= recipe" if any(row.recipes for row in table.rows) else "system"
+        headings = [first, *(_heading(column) for column in table.columns)]
+        console.table(f"{table.table}: {table.about}", headings, rows, to_stdout=True)
+    else:
+        console.result(f"{table.table}: {table.about}")
+    for row in table.rows:
+        remarks = [f"{column} must be {value}" for column, value in row.corrected.items()]
+        remarks += [row.note] if row.note else []
+        if remarks:
+            console.result(f"{row.system}: {'; '.join(remarks)}")
+    console.result(f"{table.note}\n" if table.note else "")
+
+
+def _heading(column: str) -> str:
+    """A column's name on several short lines, since tables have many columns."""
+    return column.replace("parameters_m", "params (M)").replace(".", "\n").replace("_", "\n")
 
 
 def _summary(content: dict[str, Any]) -> dict[str, Any]:
@@ -118,8 +183,13 @@ def validate(
     """Check recipes; every fault is named with its path and the nearest valid key."""
     from mdltool import console
     from mdltool.recipe import load
+    from mdltool.stages.plan import check
 
-    names = [load(name, overrides or ()).name for name in recipe]
+    names = []
+    for name in recipe:
+        loaded = load(name, overrides or ())
+        check(loaded)
+        names.append(loaded.name)
     if as_json:
         console.result_json({"valid": names})
     else:

@@ -6,7 +6,7 @@ from mdltool.data.sampling import Sampling
 from mdltool.data.transforms import TrainTransform
 from mdltool.errors import MdlError
 from mdltool.evaluate.views import ViewSpec, parse_views
-from mdltool.model import AdapterSpec, ModelSpec
+from mdltool.model import AdapterSpec, ModelSpec, check_adapters
 from mdltool.schema import Recipe
 
 
@@ -26,6 +26,11 @@ def model_spec(recipe: Recipe, outputs: dict[str, int]) -> ModelSpec:
         head_init=recipe.heads.init,
         head_std=recipe.heads.std,
     )
+
+
+def check(recipe: Recipe) -> None:
+    """Raise MdlError where the recipe's adapters find no site in its backbone."""
+    check_adapters(model_spec(recipe, dict.fromkeys(recipe.domains, 1)))
 
 
 def outputs_of(recipe: Recipe) -> dict[str, int]:

@@ -20,7 +20,7 @@ from mdltool.model_store import (
 )
 from mdltool.schema import Recipe
 from mdltool.stages.fitting import DomainData, fit, gather_data
-from mdltool.stages.plan import model_spec
+from mdltool.stages.plan import check, model_spec
 from mdltool.train.checkpoint import save_tensors
 from mdltool.train.loop import Progress
 
@@ -36,6 +36,7 @@ def run(
     workers: int = 1,
 ) -> Artifact:
     """Train a recipe's model on shards; an interrupted run is continued with `resume`."""
+    check(recipe)
     data = gather_data(recipe, shards)
     spec = model_spec(recipe, {name: len(d.train_index.classes) for name, d in data.items()})
     source = choose_backbone(backbone, work, spec, recipe.backbone.weights)

@@ -248,3 +248,14 @@ def test_clips_do_not_mix(adapter: str, backbone: str) -> None:
     before, after = model(x, "a"), model(changed, "a")
     torch.testing.assert_close(after[0], before[0], rtol=0, atol=1e-10)
     assert not torch.allclose(after[1], before[1])
+
+
+def test_frozen_layers_before_the_first_adapter_run_without_autograd() -> None:
+    model = make("mst", "clip_vit_tiny", layers="3")
+    model.train()
+    needs: dict[str, bool] = {}
+    for path in model.backbone.block_paths():
+        block = model.backbone.net.get_submodule(path)
+        block.register_forward_hook(lambda module, args, y, path=path: needs.setdefault(path, y.requires_grad))
+    model(clip(model), "a")
+    assert list(needs.values()) == [False, False, True]

@@ -75,6 +75,10 @@ def test_usage_errors_exit_with_2(mdltool: Callable[..., Ran]) -> None:
         (("backbone", "import", "x3d_m", "--file", "nowhere.pyth"), ("no such file",)),
         (("recipe", "list", "--family", "omni"), ("no family 'omni'", "did you mean 'omi'")),
         (("recipe", "show", "nowhere.yaml"), ("no such recipe file",)),
+        (
+            ("recipe", "validate", "tiny_demo", "--set", "adapters=[{type: mhva}]"),
+            ("no site for the adapter 'mhva'", "attention or mlp", "offers sites of kind conv, stage"),
+        ),
     ],
 )
 def test_bad_input_is_one_message_and_exit_code_1(
