@@ -256,6 +256,6 @@ def test_frozen_layers_before_the_first_adapter_run_without_autograd() -> None:
     needs: dict[str, bool] = {}
     for path in model.backbone.block_paths():
         block = model.backbone.net.get_submodule(path)
-        block.register_forward_hook(lambda module, args, y, path=path: needs.setdefault(path, y.requires_grad))
+        block.register_forward_hook(lambda module, args, y, path=path: needs.update({path: y.requires_grad}))
     model(clip(model), "a")
     assert list(needs.values()) == [False, False, True]
