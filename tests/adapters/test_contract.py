@@ -19,7 +19,14 @@ from mdltool.wrapping import detach
 
 TINY = [name for name in BACKBONES if name.endswith("_tiny")]
 # Families that need their own kernels compiled: one adapter each goes through inductor.
-INDUCTOR = {"x3d_tiny": "2plus1d", "swin3d_tiny": "mhva", "clip_vit_tiny": "mst", "vivit_tiny": "prefix"}
+INDUCTOR = {
+    "x3d_tiny": "2plus1d",
+    "swin3d_tiny": "mhva",
+    "clip_vit_tiny": "mst",
+    "vivit_tiny": "prefix",
+    "mvit_tiny": "st",
+    "resnet26_tiny": "parallel",
+}
 # Options under which an adapter starts as the bare backbone; adapters that are not here never do.
 IDENTITY: dict[str, dict[str, Any]] = {
     "2d": {"init": "identity", "ln": "none"},
