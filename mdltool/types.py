@@ -79,7 +79,8 @@ class Site:
 
     path, kind, role, layer, block: as Place says. layout: the axes of the tensor that an adapter sees, e.g. "BCTHW"
     or a TokenGrid's layout. channels: size of C, of the input where `shape` is given. grid: (T, H, W) at the
-    configured clip shape. window: an attention's (T, H, W) window where it has one.
+    configured clip shape. window: the (T, H, W) window of
+    the block's attention where it has one.
     """
 
     name: str

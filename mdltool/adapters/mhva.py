@@ -7,6 +7,7 @@ bottleneck, K heads.
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Annotated, Any, Literal
 
@@ -60,8 +61,10 @@ class MhvaAdapter(TokenAdapter):
         channels, r = site.channels, options.r
         self._chunk, self._cls, self._window = options.chunk, options.cls, site.window
         self._heads = options.heads
+        if options.chunk == "windows":  # no more heads than windows of the configured clip (spec cm3t 3.3)
+            self._heads = min(options.heads, math.prod(_windows(site.grid, site.window)[1]))
         own = options.cls == "own" and site.layout != "grid"
-        heads = options.heads + own
+        heads = self._heads + own
         self.down = nn.Parameter(torch.empty(heads, channels, r))
         self.down_bias = nn.Parameter(torch.zeros(heads, r))
         self.up = nn.Parameter(torch.zeros(heads, r, channels))
@@ -85,6 +88,8 @@ class MhvaAdapter(TokenAdapter):
         class_BTC, patches_BTHWC = grid.split(x)
         order, counts = _chunks(self._chunk, self._heads, grid, self._window, x.device)
         x_BTPC = patches_BTHWC.flatten(2, 3)
+        if self._chunk == "windows":
+            x_BTPC = x_BTPC.flatten(1, 2).unsqueeze(1)
         if order is not None:
             x_BTPC = x_BTPC[:, :, order]
         y_BTPC = self._patches(x_BTPC, counts)
@@ -127,34 +132,36 @@ class AdaptFormerAdapter(MhvaAdapter):
     Options = AdaptFormerOptions
 
 
+def _windows(size: tuple[int, int, int], window: tuple[int, int, int] | None) -> tuple[list[int], list[int]]:
+    """(T, H, W) of a window, which is no larger than the map, and how many there are along each axis."""
+    fitted = [min(n, w) for n, w in zip(size, window or (size[0], 7, 7), strict=True)]
+    return fitted, [math.ceil(n / w) for n, w in zip(size, fitted, strict=True)]
+
+
 def _chunks(
     chunk: str, heads: int, grid: TokenGrid, window: tuple[int, int, int] | None, device: torch.device
 ) -> tuple[Tensor | None, list[int]]:
-    """The order that brings each head's positions of a slice together (None: as they are), and how many each
-    has.
+    """The order that brings each head's positions together (None: as they are), and how many each has.
+
+    Positions are those of one time slice, but of all slices for `windows`, which divide time as well.
     """
-    height, width = grid.height, grid.width
-    positions = height * width
+    size = (grid.frames, grid.height, grid.width)
     if chunk == "raster":
-        return None, [
-            math.ceil((k + 1) * positions / heads) - math.ceil(k * positions / heads) for k in range(heads)
-        ]
-    if chunk.startswith("grid:"):
-        down, across = (int(n) for n in chunk.removeprefix("grid:").split("x"))
-        rows = [row * down // height for row in range(height)]
-        columns = [column * across // width for column in range(width)]
+        ends = [math.ceil(k * size[1] * size[2] / heads) for k in range(heads + 1)]
+        return None, [end - begin for begin, end in itertools.pairwise(ends)]
+    if chunk == "windows":
+        fitted, parts = _windows(size, window)
+        axes = [[i // w for i in range(n)] for n, w in zip(size, fitted, strict=True)]
+    elif chunk == "in_window":
+        fitted, _ = _windows((1, *size[1:]), window)
+        parts, axes = fitted, [[i % w for i in range(n)] for n, w in zip((1, *size[1:]), fitted, strict=True)]
     else:
-        tall, wide = (min(n, w) for n, w in zip((height, width), (window or (1, 7, 7))[1:], strict=True))
-        if chunk == "windows":
-            down, across = math.ceil(height / tall), math.ceil(width / wide)
-            rows, columns = [row // tall for row in range(height)], [column // wide for column in range(width)]
-        else:
-            down, across = tall, wide
-            rows, columns = [row % tall for row in range(height)], [column % wide for column in range(width)]
+        parts = [1, *(int(n) for n in chunk.removeprefix("grid:").split("x"))]
+        axes = [[i * p // n for i in range(n)] for n, p in zip((1, *size[1:]), parts, strict=True)]
+    total = parts[0] * parts[1] * parts[2]
     counts = [0] * heads  # without tensors, whose values a compiled graph could not split by
-    for i in range(down):
-        for j in range(across):
-            counts[(i * across + j) * heads // (down * across)] += rows.count(i) * columns.count(j)
-    number = torch.tensor(rows, device=device)[:, None] * across + torch.tensor(columns, device=device)
-    owner = (number * heads // (down * across)).flatten()
-    return owner.argsort(stable=True), counts
+    for number, (t, i, j) in enumerate(itertools.product(*map(range, parts))):
+        counts[number * heads // total] += axes[0].count(t) * axes[1].count(i) * axes[2].count(j)
+    times, rows, columns = (torch.tensor(axis, device=device) for axis in axes)
+    numbers = (times[:, None, None] * parts[1] + rows[:, None]) * parts[2] + columns
+    return (numbers * heads // total).flatten().argsort(stable=True), counts

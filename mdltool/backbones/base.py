@@ -6,6 +6,7 @@ Shape suffixes: B batch, C channels, T frames, H height, W width, P positions le
 from __future__ import annotations
 
 import copy
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any, ClassVar
@@ -92,7 +93,9 @@ class Backbone(nn.Module, ABC):
             probes[name] = _Probe(inner, dry.route)
             replace(dry.net, place.path, probes[name])
         dry(torch.empty(1, 3, self.num_frames, self.crop, self.crop, device="meta"))
-        return {name: probes[name].site(name, place) for name, place in wanted.items()}
+        found = {name: probes[name].site(name, place) for name, place in wanted.items()}
+        windows = {site.block: site.window for site in found.values() if site.window is not None}
+        return {name: dataclasses.replace(site, window=windows.get(site.block)) for name, site in found.items()}
 
     def take_classifier(self, key: str) -> None:
         """Move the linear layer at module path `key` out of `net` into `classifier`."""

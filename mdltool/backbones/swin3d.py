@@ -52,10 +52,10 @@ class WindowAttention(OpenAttention):
         if any(shift):
             mask_VNN = _shift_mask(padded, window, shift, q)
             bias_BHNN = (bias_BHNN + mask_VNN[:, None]).repeat(len(x_BTHWC), 1, 1, 1)
-        dropout = layer.attention_dropout if self.training else 0.0
+        dropout = layer.attention_dropout if layer.training else 0.0
         y = attend(q, k, v, bias_BHNN, _prefix(layer, prefix_LC, gate), dropout)
         y = _unpartition(y, len(x_BTHWC), padded, window)
-        y = functional.dropout(layer.proj(y), layer.dropout, self.training)
+        y = functional.dropout(layer.proj(y), layer.dropout, layer.training)
         if any(shift):
             y = y.roll(shift, (1, 2, 3))
         return y[:, : size[0], : size[1], : size[2]]

@@ -105,7 +105,7 @@ class ProjectedAttention(OpenAttention):
             keys, values = (_prefix(projection, prefix_LC) for projection in (layer.k_proj, layer.v_proj))
             split = [rows.unflatten(-1, (-1, width)).transpose(-3, -2) for rows in (keys, values)]
             prefix = (split[0], split[1], gate)
-        dropout = self._dropout() if self.training else 0.0
+        dropout = self._dropout() if layer.training else 0.0
         q, k, v = (heads(projection, x) for projection in (layer.q_proj, layer.k_proj, layer.v_proj))
         y_BNC = attend(q, k, v, None, prefix, dropout).transpose(1, 2).flatten(2)
         y: Tensor = getattr(layer, self.output)(y_BNC)
