@@ -127,13 +127,14 @@ class MultiDomainModel(nn.Module):
                 parameter.data = parameter.data.contiguous(memory_format=formats[parameter.ndim])
         return self
 
-    def apply_regime(self, regime: str, bn: str | None = None) -> None:
+    def apply_regime(self, regime: str, bn: str | None = None, only: str | None = None) -> None:
         """Set requires_grad and the BatchNorm mode of every part (spec omi_mdl 2.7).
 
         frozen: adapters, heads and shared norms train. joint: everything. heads: heads only. adapters: adapters
         and shared norms. full: backbone and heads. bn: the recipe's choice; None takes the regime's default,
         `shared` where the backbone trains and `frozen` elsewhere. `shared` with a frozen backbone is the naive
-        freeze, whose statistics keep moving.
+        freeze, whose statistics keep moving. only: of what the regime trains, this domain's parts alone; what is
+        shared and other domains stay as they are.
         """
         if regime not in REGIMES:
             raise MdlError(f"there is no regime '{regime}'", "train.steps.regime", did_you_mean(regime, REGIMES))
@@ -152,6 +153,10 @@ class MultiDomainModel(nn.Module):
             if self.spec.bn == "per_domain":
                 norm.inner.requires_grad_(False)  # each domain has its own; the library's copy idles
         self.heads.requires_grad_(regime != "adapters")
+        if only is not None:
+            for key, tensor in self.tensors().items():
+                if isinstance(tensor, nn.Parameter) and not key.startswith(f"{only}/"):
+                    tensor.requires_grad_(False)
         norms = self.backbone_norms()
         self._eval_modules = list(norms) if bn == "frozen" else []
         if not trains_backbone:  # no dropout and no stochastic depth in what is frozen; its wrappers train

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,42 @@ def load_model(artifact: Artifact, weights: str = "last", work: Path | None = No
     model = build_model(spec, backbone)
     model.load_tensors(read_tensors(artifact.file(name)), artifact.path, with_backbone=own)
     return model.eval()
+
+
+def extended(model: MultiDomainModel, domain: str, outputs: int, start_from: str | None = None) -> MultiDomainModel:
+    """The model with one more domain; every old tensor is the same. start_from: the domain whose adapters and
+    BatchNorm statistics the new one's begin as, instead of fresh ones and the backbone's own.
+    """
+    spec = replace(model.spec, domains={**model.spec.domains, domain: outputs})
+    larger = build_model(spec)
+    old, own = model.tensors(), larger.tensors()
+    with torch.no_grad():
+        for key, tensor in own.items():
+            source = key
+            if key.startswith(f"{domain}/"):
+                source = _begin_as(key, start_from, larger)
+            if source in old:
+                tensor.copy_(old[source])
+    return larger.eval()
+
+
+def reduced(model: MultiDomainModel, domain: str) -> MultiDomainModel:
+    """The model without a domain; every other tensor is the same."""
+    kept = {name: outputs for name, outputs in model.spec.domains.items() if name != domain}
+    smaller = build_model(replace(model.spec, domains=kept))
+    old = model.tensors()
+    smaller.load_tensors({key: old[key] for key in smaller.tensors()}, domain)
+    return smaller.eval()
+
+
+def _begin_as(key: str, start_from: str | None, model: MultiDomainModel) -> str:
+    """The old tensor that a new domain's tensor starts as; its own key, which is no old one, for a fresh start."""
+    _, site, name = key.split("/", 2)
+    if site == "head":
+        return key
+    if start_from is not None:
+        return f"{start_from}/{site}/{name}"
+    return f"backbone/{site}.{name}" if site in model.norms else key
 
 
 def find_backbone(artifact: Artifact, work: Path | None) -> Artifact:

@@ -23,6 +23,8 @@ COMMANDS = (
     "recipe",
     "describe",
     "train",
+    "add_domain",
+    "model",
     "evaluate",
     "predict",
     "report",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mdltool.artifact import Artifact
@@ -119,12 +119,17 @@ def fit(
     *,
     own_backbone: bool,
     workers: int,
+    only: str | None = None,
 ) -> Progress:
-    """Train `model` in `folder`, continuing from the checkpoints there."""
+    """Train `model` in `folder`, continuing from the checkpoints there. only: this domain's parts alone."""
     from mdltool.model_store import stored_tensors
 
     clips = {name: len(data[name].train_index) for name in recipe.domains}
     spec = train_spec(recipe, model.spec, clips)
+    if only is not None:
+        # Statistics that domains share would move for all of them.
+        own_norms = model.spec.bn in ("per_domain", "per_domain_stats")
+        spec = replace(spec, only=only, bn=model.spec.bn if own_norms else "frozen")
     tasks = {name: TASKS.load(part.task)() for name, part in recipe.domains.items()}
     world = join_world()
     accelerator = make_accelerator(recipe.train.precision, folder)

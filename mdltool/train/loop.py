@@ -64,6 +64,7 @@ class TrainSpec:
     val_every: int = 0
     recalibrate_batches: int = 200
     headline: str = "top1"
+    only: str | None = None  # train this domain's parts alone
 
     @property
     def total_updates(self) -> int:
@@ -140,7 +141,7 @@ class Trainer:
         begin = 0
         for step in self.spec.steps:
             end = begin + step.updates
-            self.model.apply_regime(step.regime, self.spec.bn)
+            self.model.apply_regime(step.regime, self.spec.bn, self.spec.only)
             if self.progress.update < end:
                 self._run_step(step, begin, batches, log, stopped, advance)
             begin = end

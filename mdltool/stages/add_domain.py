@@ -1,0 +1,97 @@
+"""`add-domain`: a finished model + a new domain's shards -> model, everything old bit-identical."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mdltool.artifact import Artifact, begin, write_text
+from mdltool.errors import MdlError
+from mdltool.model_store import extended, find_backbone, load_model, seeded, stored_tensors, write_model_json
+from mdltool.overrides import apply_override
+from mdltool.recipe import validate
+from mdltool.registry import did_you_mean
+from mdltool.schema import Recipe
+from mdltool.stages.fitting import fit, gather_data
+from mdltool.train.checkpoint import save_tensors
+
+
+def run(
+    source: Artifact,
+    domain: str,
+    shards: Iterable[Artifact],
+    out: Path,
+    *,
+    work: Path,
+    overrides: Sequence[str] = (),
+    start_from: str | None = None,
+    resume: bool = False,
+    workers: int = 1,
+) -> Artifact:
+    """Train adapters, head and BatchNorm statistics of a new domain on a finished model, all else frozen.
+
+    The training is the last step of the model's own recipe, with `overrides`. Raises MdlError for a domain that the
+    model has, and for a start_from that it has not.
+    """
+    content = source.load_json("model.json")
+    _check(content, domain, start_from)
+    recipe = _recipe_for(content["recipe"], domain, overrides, source)
+    data = gather_data(recipe, shards)
+    inputs = [source.as_input("model"), data[domain].train.as_input("train")]
+    if (val := data[domain].val) is not None:
+        inputs.append(val.as_input("val"))
+    own = bool(content["own_backbone"])
+    inputs += [] if own else [find_backbone(source, work).as_input("backbone")]
+    request = {"recipe": recipe.model_dump(mode="json"), "start_from": start_from}
+    draft = begin(
+        out, kind="model", stage="add-domain", inputs=inputs, request=request, resume="must" if resume else "ask"
+    )
+    if isinstance(draft, Artifact):
+        return draft
+    old = load_model(source, work=work)
+    seeded(recipe.train.seed)
+    names = data[domain].train_index.classes
+    model = extended(old, domain, len(names), start_from)
+    progress = fit(recipe, model, data, draft.path, own_backbone=own, workers=workers, only=domain)
+    model.to("cpu")
+    save_tensors(draft.path / "weights" / "last.safetensors", stored_tensors(model, own))
+    whole = {**content["recipe"], "domains": {**content["recipe"]["domains"], **recipe.model_dump()["domains"]}}
+    classes = {name: tuple(entry["classes"]) for name, entry in content["domains"].items()} | {domain: names}
+    write_model_json(draft.path, model.spec, whole, classes, own, model.parameter_counts())
+    write_text(draft.path / "recipe.yaml", yaml.safe_dump(whole, sort_keys=False))
+    summary = {
+        "recipe": whole["name"],
+        "added": domain,
+        "domains": {name: {"classes": len(entry)} for name, entry in classes.items()},
+        "updates": progress.update,
+        "seconds": round(progress.seconds, 2),
+        "val": progress.last_scores,
+    }
+    return draft.commit(summary, volatile=("metrics.jsonl", "tensorboard"), drop=("checkpoints",))
+
+
+def _check(content: dict[str, Any], domain: str, start_from: str | None) -> None:
+    domains = content["domains"]
+    if domain in domains:
+        raise MdlError(f"the model has a domain '{domain}' already", "--data", "give the new domain another name")
+    if start_from is not None and start_from not in domains:
+        raise MdlError(f"the model has no domain '{start_from}'", "--init-from", did_you_mean(start_from, domains))
+
+
+def _recipe_for(stored: dict[str, Any], domain: str, overrides: Sequence[str], source: Artifact) -> Recipe:
+    """The model's recipe for the new domain alone: its last step, with everything old frozen."""
+    step = {**stored["train"]["steps"][-1], "regime": "frozen"}
+    batch = stored["data"]["batch"]
+    content = {
+        **stored,
+        "published": None,
+        "domains": {domain: {"task": "single_label"}},
+        "train": {**stored["train"], "steps": [step]},
+        "data": {**stored["data"], "batch": max(batch.values()) if isinstance(batch, dict) else batch},
+    }
+    for override in overrides:
+        apply_override(content, override)
+    return validate(content, source.path)

@@ -1,0 +1,43 @@
+"""`model rm`: a model without one of its domains, everything else bit-identical."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from mdltool.artifact import Artifact, begin, write_text
+from mdltool.errors import MdlError
+from mdltool.model_store import find_backbone, load_model, reduced, stored_tensors, write_model_json
+from mdltool.registry import did_you_mean
+from mdltool.train.checkpoint import save_tensors
+
+
+def run(source: Artifact, domain: str, out: Path, *, work: Path) -> Artifact:
+    """Write the model without `domain`. Raises MdlError for an unknown domain, and for the only one."""
+    content = source.load_json("model.json")
+    domains = {name: tuple(entry["classes"]) for name, entry in content["domains"].items()}
+    if domain not in domains:
+        raise MdlError(f"the model has no domain '{domain}'", source.path, did_you_mean(domain, domains))
+    if len(domains) == 1:
+        raise MdlError(f"'{domain}' is the model's only domain", source.path, "remove the artifact's directory")
+    own = bool(content["own_backbone"])
+    inputs = [source.as_input("model")] + ([] if own else [find_backbone(source, work).as_input("backbone")])
+    draft = begin(out, kind="model", stage="model rm", inputs=inputs, request={"domain": domain})
+    if isinstance(draft, Artifact):
+        return draft
+    model = reduced(load_model(source, work=work), domain)
+    save_tensors(draft.path / "weights" / "last.safetensors", stored_tensors(model, own))
+    kept = {name: classes for name, classes in domains.items() if name != domain}
+    recipe = {**content["recipe"], "domains": {n: d for n, d in content["recipe"]["domains"].items() if n in kept}}
+    batch = recipe["data"]["batch"]
+    if isinstance(batch, dict):
+        recipe["data"] = {**recipe["data"], "batch": {n: b for n, b in batch.items() if n in kept}}
+    write_model_json(draft.path, model.spec, recipe, kept, own, model.parameter_counts())
+    write_text(draft.path / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
+    summary = {
+        "recipe": recipe["name"],
+        "removed": domain,
+        "domains": {n: {"classes": len(c)} for n, c in kept.items()},
+    }
+    return draft.commit(summary)

@@ -1,0 +1,65 @@
+"""add-domain and model rm: what was there stays bit-identical."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from mdltool.artifact import open_artifact
+from mdltool.model_store import load_model
+from tests.conftest import TINY, Ran, World
+
+
+@pytest.fixture(scope="module")
+def model(world: World, mdltool: Callable[..., Ran], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of the domain chalk alone."""
+    words = ["train", "--recipe", "tiny_single", "--domain", "chalk"]
+    words += [w for key in TINY for w in ("--set", key)]
+    data = ("--data", f"chalk={world.shards('chalk', 'train')}")
+    where = ("--work", world.work, "--out", tmp_path_factory.mktemp("single") / "model")
+    adapters = ("--set", "adapters=[{type: 2plus1d}]", "--set", "backbone.weights=scratch")
+    return mdltool(*words, *data, *adapters, *where).path
+
+
+def add(model: Path, world: World, mdltool: Callable[..., Ran], out: Path, *more: object) -> Ran:
+    data = ("--data", f"neon={world.shards('neon', 'train')}")
+    return mdltool("add-domain", model, *data, "--work", world.work, "--out", out, *more)
+
+
+@pytest.mark.parametrize("more", [(), ("--init-from", "chalk")])
+def test_every_old_tensor_and_output_stays(
+    model: Path, world: World, mdltool: Callable[..., Ran], tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    larger = add(model, world, mdltool, tmp_path / "larger", *more).path
+    artifact = open_artifact(larger, "model")
+    assert artifact.verify() == []
+    old, new = load_model(open_artifact(model)), load_model(artifact)
+    assert list(new.spec.domains) == ["chalk", "neon"]
+    before, after = old.tensors(), new.tensors()
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
+    assert any(key.startswith("neon/stage1/") for key in after)
+    x = torch.randint(0, 255, (2, 3, 4, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(old(x, "chalk"), new(x, "chalk"))
+    scored = mdltool("eval", larger, "--views", "1x1", "--work", world.work, "--out", tmp_path / "e").path
+    assert set(open_artifact(scored).load_json("metrics.json")["domains"]) >= {"chalk", "neon"}
+    smaller = mdltool("model", "rm", "neon", larger, "--work", world.work, "--out", tmp_path / "smaller").path
+    again = load_model(open_artifact(smaller))
+    assert set(again.tensors()) == set(before)
+    assert all(torch.equal(again.tensors()[key], tensor) for key, tensor in before.items())
+
+
+def test_bad_requests(model: Path, world: World, mdltool: Callable[..., Ran], tmp_path: Path) -> None:
+    ran = mdltool("add-domain", model, "--data", f"chalk={world.shards('chalk', 'train')}", "--out", tmp_path / "x")
+    assert (ran.code, "has a domain 'chalk' already" in ran.err) == (1, True)
+    ran = add(model, world, mdltool, tmp_path / "x", "--init-from", "chalc")
+    assert (ran.code, "did you mean 'chalk'" in ran.err) == (1, True)
+    ran = mdltool("add-domain", model, "--out", tmp_path / "x")
+    assert (ran.code, "shards of one new domain" in ran.err) == (1, True)
+    ran = mdltool("model", "rm", "neon", model, "--out", tmp_path / "x")
+    assert (ran.code, "no domain 'neon'" in ran.err) == (1, True)
+    ran = mdltool("model", "rm", "chalk", model, "--out", tmp_path / "x")
+    assert (ran.code, "only domain" in ran.err) == (1, True)
+    assert not list(tmp_path.iterdir())
