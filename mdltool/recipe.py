@@ -24,7 +24,13 @@ _DOMAIN_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _RESERVED = ("backbone", "shared", "head")
 PUBLISHED = "published"  # the folder beside the families that holds the papers' printed tables, no recipes
 
-ALIASES = {"omi_x3dm_all": "omi_x3dm_2plus1d_all"}
+ALIASES = {
+    "omi_x3dm_all": "omi_x3dm_2plus1d_all",
+    "mst_clip_b16_k400": "mst_k400_b16_8",
+    "residual_decathlon": "residual_parallel",
+}
+# Whose labels `shard` writes; the other tasks have their losses and metrics, and no data yet.
+SHARD_TASKS = ("single_label",)
 
 
 def recipe_dirs() -> list[Path]:
@@ -143,6 +149,8 @@ def _part_faults(content: dict[str, Any]) -> list[str]:
         task = domain.get("task", "single_label") if isinstance(domain, dict) else None
         if isinstance(task, str) and task not in TASKS:
             faults.append(f"domains.{name}.task: there is no task '{task}'; {did_you_mean(task, TASKS)}")
+        elif isinstance(task, str) and task not in SHARD_TASKS:
+            faults.append(f"domains.{name}.task: no shards carry labels for '{task}' yet; one of: {SHARD_TASKS}")
     return faults
 
 

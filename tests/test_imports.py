@@ -14,9 +14,9 @@ ROOT = Path(mdltool.__file__).parent
 TIERS = (
     ("errors",),
     ("registry", "types", "artifact", "lineage", "console", "wrapping"),
-    ("tasks", "adapters", "backbones", "losses"),
+    ("tasks", "adapters", "backbones", "losses", "heads"),
     ("model", "model_store", "train", "evaluate", "compress", "data", "report"),
-    ("schema", "overrides", "recipe"),
+    ("schema", "overrides", "published", "recipe"),
     ("stages",),
     ("cli",),
 )

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from mdltool.tasks import SingleLabel
+from mdltool.errors import MdlError
+from mdltool.tasks import TASKS, MultiLabel, Regression, SingleLabel
 
 
 def test_metrics_against_numpy() -> None:
@@ -53,3 +54,96 @@ def test_the_loss_is_cross_entropy_by_hand() -> None:
     by_hand = -(logits - logits.exp().sum(1, keepdim=True).log())[torch.arange(5), labels]
     assert float(SingleLabel().loss(logits, labels, "mean")) == pytest.approx(float(by_hand.mean()))
     assert float(SingleLabel().loss(logits, labels, "sum")) == pytest.approx(float(by_hand.sum()))
+
+
+def average_precision(scores: np.ndarray, positive: np.ndarray, retrieved: np.ndarray) -> float:
+    """Sum over distinct thresholds of precision times the recall gained, by the definition."""
+    value, last = 0.0, 0.0
+    for threshold in np.unique(scores[retrieved])[::-1]:
+        chosen = retrieved & (scores >= threshold)
+        recall = (positive & chosen).sum() / positive.sum()
+        value += (recall - last) * (positive & chosen).sum() / chosen.sum()
+        last = recall
+    return value
+
+
+@pytest.mark.parametrize("missing", [0.0, 0.3])
+@pytest.mark.parametrize("decimals", [1, 6])
+def test_mean_average_precision_against_numpy(missing: float, decimals: int) -> None:
+    rng = np.random.default_rng(1)
+    scores, positive = rng.random((80, 7)).round(decimals), rng.random((80, 7)) < 0.2  # one decimal: many ties
+    positive[:, 5] = False
+    wrong = rng.random(80) < missing
+    given = torch.from_numpy(scores), torch.from_numpy(positive.astype(np.int64)), torch.from_numpy(wrong)
+    expected = [average_precision(scores[:, c], positive[:, c], ~wrong) for c in range(7) if c != 5]
+    found, per_class = MultiLabel().metrics(*given), MultiLabel().per_class(*given)
+    assert per_class["average_precision"][5] is None
+    assert [ap for ap in per_class["average_precision"] if ap is not None] == pytest.approx(expected, abs=1e-5)
+    assert per_class["clips"] == positive.sum(0).tolist()
+    assert found["map"] == pytest.approx(np.mean(expected), abs=1e-5)
+    retrieved = np.repeat(~wrong, 7)
+    micro = average_precision(scores.ravel(), positive.ravel(), retrieved)
+    assert found["map_micro"] == pytest.approx(micro, abs=1e-5)
+
+
+def test_average_precision_by_hand() -> None:
+    scores = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3]])
+    labels = torch.tensor([[1, 0], [0, 0], [1, 0]])
+    assert MultiLabel().metrics(scores, labels) == pytest.approx({"map": (1 + 2 / 3) / 2, "map_micro": 5 / 6})
+    gone = torch.tensor([False, False, True])
+    assert MultiLabel().metrics(scores, labels, gone)["map"] == pytest.approx(0.5)
+    assert MultiLabel().metrics(scores, labels, torch.ones(3, dtype=torch.bool))["map"] == 0.0
+
+
+def test_no_clips_have_no_precision() -> None:
+    for scores, labels in ((torch.zeros(0, 3), torch.zeros(0, 3)), (torch.rand(2, 3), torch.zeros(2, 3))):
+        assert MultiLabel().metrics(scores, labels.long()) == {"map": 0.0, "map_micro": 0.0}
+
+
+def test_binary_cross_entropy_by_hand() -> None:
+    logits, labels = torch.randn(5, 3, dtype=torch.float64), torch.tensor([[0, 1, 1]] * 4 + [[0, 0, 0]])
+    p = 1 / (1 + np.exp(-logits.numpy()))
+    np.testing.assert_allclose(MultiLabel().probabilities(logits).numpy(), p)
+    each = -(labels.numpy() * np.log(p) + (1 - labels.numpy()) * np.log(1 - p)).mean(1)
+    assert float(MultiLabel().loss(logits, labels, "mean")) == pytest.approx(each.mean())
+    assert float(MultiLabel().loss(logits, labels, "sum")) == pytest.approx(each.sum())
+
+
+def test_regression_against_numpy() -> None:
+    rng = np.random.default_rng(0)
+    predicted, true, wrong = rng.normal(size=(40, 5)), rng.normal(size=(40, 5)), rng.random(40) < 0.2
+    given, labels = torch.from_numpy(predicted), torch.from_numpy(true)
+    error = (predicted - true) ** 2
+    assert float(Regression().loss(given, labels, "mean")) == pytest.approx(error.mean())
+    assert float(Regression().loss(given, labels, "sum")) == pytest.approx(error.mean(1).sum())
+    assert torch.equal(Regression().probabilities(given), given)
+    assert Regression().metrics(given, labels) == pytest.approx({"mse": error.mean()})
+    per_target = Regression().per_class(given, labels, torch.from_numpy(wrong))
+    assert per_target["mse"] == pytest.approx(error[~wrong].mean(0))
+    assert per_target["clips"] == [int((~wrong).sum())] * 5
+
+
+def test_regression_without_clips_knows_nothing() -> None:
+    found = Regression().metrics(torch.zeros(2, 3), torch.zeros(2, 3), torch.tensor([True, True]))
+    assert np.isnan(found["mse"])
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task(name: str) -> None:
+    task = TASKS.load(name)()
+    assert task.name == name
+    assert task.outputs(4) == 4
+    labels = torch.tensor([0, 3]) if name == "single_label" else torch.tensor([[0, 1, 0, 1], [1, 0, 0, 1]])
+    logits = torch.randn(2, 4, requires_grad=True)
+    mean, total = task.loss(logits, labels, "mean"), task.loss(logits, labels, "sum")
+    torch.testing.assert_close(total, 2 * mean)
+    mean.backward()
+    assert logits.grad is not None
+    metrics = task.metrics(task.probabilities(logits.detach()), labels)
+    assert task.headline in metrics
+
+
+@pytest.mark.parametrize("task", [MultiLabel(), Regression()])
+def test_labels_of_another_shape_are_named(task: MultiLabel | Regression) -> None:
+    with pytest.raises(MdlError, match=r"labels of shape \[2\] for outputs of shape \[2, 4\]"):
+        task.loss(torch.randn(2, 4), torch.tensor([0, 3]), "mean")
