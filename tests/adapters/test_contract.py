@@ -18,15 +18,6 @@ from mdltool.model import AdapterSpec, ModelSpec, MultiDomainModel, build_backbo
 from mdltool.wrapping import detach
 
 TINY = [name for name in BACKBONES if name.endswith("_tiny")]
-# Families that need their own kernels compiled: one adapter each goes through inductor.
-INDUCTOR = {
-    "x3d_tiny": "2plus1d",
-    "swin3d_tiny": "mhva",
-    "clip_vit_tiny": "mst",
-    "vivit_tiny": "prefix",
-    "mvit_tiny": "st",
-    "resnet26_tiny": "parallel",
-}
 # Options under which an adapter starts as the bare backbone; adapters that are not here never do.
 IDENTITY: dict[str, dict[str, Any]] = {
     "2d": {"init": "identity", "ln": "none"},
@@ -217,30 +208,6 @@ def test_bf16_autocast_and_channels_last(adapter: str, backbone: str) -> None:
         rough = model(x, "a")
         assert rough.dtype == torch.bfloat16
     assert (rough - expected).norm() < 0.25 * expected.norm() + 0.25
-
-
-@pytest.mark.parametrize(("adapter", "backbone"), PAIRS)
-def test_it_compiles_without_graph_breaks(adapter: str, backbone: str) -> None:
-    torch._dynamo.reset()
-    model = make(adapter, backbone)
-    randomise(model)
-    x = clip(model)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    for domain in ("a", "b"):
-        torch.testing.assert_close(compiled(x, domain), model(x, domain), rtol=1e-4, atol=1e-4)
-    torch._dynamo.reset()
-
-
-@pytest.mark.full
-@pytest.mark.parametrize(("backbone", "adapter"), INDUCTOR.items())
-def test_inductor_compiles_one_of_each_family(adapter: str, backbone: str) -> None:
-    torch._dynamo.reset()
-    model = make(adapter, backbone)
-    randomise(model)
-    x = clip(model)
-    compiled = torch.compile(model, fullgraph=True)
-    torch.testing.assert_close(compiled(x, "a"), model(x, "a"), rtol=1e-3, atol=1e-3)
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(

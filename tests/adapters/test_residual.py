@@ -357,7 +357,7 @@ def test_stage_adapters_keep_to_stages_and_halves_need_pairs() -> None:
     assert choose_sites("all", places, stage, stage.Options()) == [f"stage{i}" for i in range(1, 6)]
     first = choose_sites("early-1", places, parallel, parallel.Options())
     assert first == ["stage2.1.conv_b", "stage2.2.conv_b", "stage2.3.conv_b"]
-    with pytest.raises(MdlError, match="no site for this adapter"):
+    with pytest.raises(MdlError, match="no site for the adapter"):
         choose_sites("all", places, parallel, parallel.Options(placement="half"))
 
 
