@@ -19,6 +19,7 @@ COMMANDS = (
     "doctor",
     "synth",
     "shard",
+    "overlap",
     "backbone",
     "recipe",
     "describe",

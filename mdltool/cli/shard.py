@@ -43,11 +43,13 @@ def register(app: typer.Typer) -> None:
 Source = Annotated[
     list[Path] | None, typer.Argument(help="Folder of the videos; with --merge: the parts (or piped).")
 ]
-Format = Annotated[str, typer.Option("--format", help="folder, csv, ucf101, hmdb51 or kinetics.")]
+Format = Annotated[
+    str, typer.Option("--format", help="folder, csv, ucf101, hmdb51, kinetics, ssv2, mit or activitynet.")
+]
 Domain = Annotated[str, typer.Option("--domain", help="The domain's name.")]
 Split = Annotated[str, typer.Option("--split", help="train, val, test, ...")]
 Annotations = Annotated[
-    Path | None, typer.Option("--annotations", help="The CSV file, or the folder of the official lists.")
+    Path | None, typer.Option("--annotations", help="The CSV or JSON file, or the folder of the official lists.")
 ]
 Fold = Annotated[int, typer.Option("--fold", min=1, help="Official split of UCF101 and HMDB51: 1, 2 or 3.")]
 Classes = Annotated[Path | None, typer.Option("--classes", help="Class list, one a line: fixes the labels.")]

@@ -10,5 +10,8 @@ FORMATS = Table(
         "ucf101": "mdltool.data.formats.ucf101:read",
         "hmdb51": "mdltool.data.formats.hmdb51:read",
         "kinetics": "mdltool.data.formats.kinetics:read",
+        "ssv2": "mdltool.data.formats.ssv2:read",
+        "mit": "mdltool.data.formats.mit:read",
+        "activitynet": "mdltool.data.formats.activitynet:read",
     },
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from mdltool.errors import MdlError
@@ -134,6 +134,24 @@ def read_class_list(path: Path) -> tuple[str, ...]:
         what = f"the class '{repeated[0]}' stands twice" if repeated else "the class list is empty"
         raise MdlError(what, path, "write each class once, one a line")
     return tuple(names)
+
+
+def in_order(numbers: Mapping[str, object], where: Path) -> tuple[tuple[str, ...], int]:
+    """The names in the order of their numbers, and the first number, 0 or 1.
+
+    numbers: name -> an integer, or one written as text. Raises MdlError unless they count on from 0 or 1.
+    """
+    order: dict[int, str] = {}
+    for name, number in numbers.items():
+        if not str(number).strip().isdecimal():
+            raise MdlError(f"the class '{name}' has the number {number!r:.40}", where, "number the classes from 0")
+        other = order.setdefault(int(str(number)), name)
+        if other != name:
+            raise MdlError(f"two classes have the number {number}: '{other}', '{name}'", where, "restore the file")
+    if not order or min(order) > 1 or max(order) - min(order) != len(order) - 1:
+        found = f"{len(order)} classes have numbers from {min(order)} to {max(order)}" if order else "it is empty"
+        raise MdlError(f"the class list does not count from 0 or 1 without a gap: {found}", where, "restore it")
+    return tuple(order[number] for number in sorted(order)), min(order)
 
 
 def label_of(name: str, classes: Sequence[str] | dict[str, int], where: str) -> int:

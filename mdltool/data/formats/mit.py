@@ -1,0 +1,116 @@
+"""Moments in Time as published: trainingSet.csv and validationSet.csv without a header, moments_categories.txt."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+from mdltool.data.formats.common import (
+    choose_video,
+    finished,
+    in_order,
+    key_of,
+    label_of,
+    read_lines,
+    relative_name,
+    same_split,
+    source_folder,
+    videos_by_stem,
+)
+from mdltool.errors import MdlError
+from mdltool.types import Clip, Listing
+
+_LISTS = {"train": ("trainingSet.csv", "training"), "val": ("validationSet.csv", "validation")}
+_CATEGORIES = "moments_categories.txt"
+
+
+def read(
+    source: Path,
+    annotations: Path | None,
+    split: str,
+    fold: int = 1,
+    classes: Sequence[str] | None = None,
+) -> Listing:
+    """List a published CSV file: rows of path,label and the numbers of votes for and against it.
+
+    source: the archive's folder with training/ and validation/, one of these, or the videos flat. annotations: the
+    folder of the CSV files, or one of them; without it, in or beside `source`. The classes are those of
+    moments_categories.txt beside the CSV file, unless `classes` fixes them. Raises MdlError for what is wrong with
+    the files, and for the test list, whose labels are not published.
+    """
+    source = source_folder(source)
+    path = _list_file(source, annotations, split)
+    names, note = (tuple(classes), "from --classes") if classes else _class_list(path.parent / _CATEGORIES)
+    index = {name: i for i, name in enumerate(names)}
+    root = _folder_of(source, split)
+    videos = videos_by_stem(root)
+    rows = _rows(path)
+    clips, missing = [], []
+    for name, label_name, where in rows:
+        label = label_of(label_name, index, where)
+        folder = name.parent.name
+        # one file name can stand under two labels: another class's file is not this row's
+        own = [v for v in videos.get(name.stem, ()) if v.parent.name == folder or v.parent.name not in index]
+        if own:
+            video = choose_video(own, folder)
+            clips.append(Clip(key_of(relative_name(video, source)), video, label))
+        else:
+            missing.append((key_of(name.as_posix()), f"no file {name}"))
+    notes = [f"list: {path.name}, {len(rows)} clips", f"labels: {note}"]
+    return finished(names, clips, missing, notes, path)
+
+
+def _published(split: str) -> tuple[str, str] | None:
+    """(CSV file, folder of its videos) of a split."""
+    return next((names for part, names in _LISTS.items() if same_split(part, split)), None)
+
+
+def _folder_of(source: Path, split: str) -> Path:
+    published = _published(split)
+    return source / published[1] if published and (source / published[1]).is_dir() else source
+
+
+def _list_file(source: Path, annotations: Path | None, split: str) -> Path:
+    if annotations is not None and not annotations.is_dir():
+        return annotations
+    published = _published(split)
+    if published is None:
+        raise MdlError(f"no labels of '{split}' are published", annotations or source, "--split train or val")
+    places = [annotations] if annotations else [source, source.parent]
+    found = next((place / published[0] for place in places if (place / published[0]).is_file()), None)
+    if found is None:
+        raise MdlError(f"{published[0]} is not there", places[0], "--annotations FOLDER of the CSV files")
+    return found
+
+
+def _class_list(path: Path) -> tuple[tuple[str, ...], str]:
+    """Class names in label order, and a sentence. Lines are <class>,<number>; or <class>, in label order."""
+    if not path.is_file():
+        raise MdlError(f"{_CATEGORIES} is not beside the CSV file", path, "keep it there, or give --classes")
+    numbers: dict[str, str] = {}
+    for position, (line, text) in enumerate(read_lines(path)):
+        name, comma, number = text.rpartition(",")
+        name, number = (name.strip(), number) if comma else (text, str(position))
+        if name in numbers:
+            raise MdlError(f"the class '{name}' stands twice", f"{path}, line {line}", "restore the file")
+        numbers[name] = number
+    names, base = in_order(numbers, path)
+    return names, f"{base}-based, {path.name}"
+
+
+def _rows(path: Path) -> list[tuple[PurePosixPath, str, str]]:
+    """(path of the video, class, where) of each row."""
+    found = []
+    for number, line in read_lines(path):
+        where = f"{path}, line {number}"
+        try:
+            cells = [cell.strip() for cell in next(csv.reader([line]))]
+        except csv.Error:
+            cells = []
+        if len(cells) < 2 or not cells[0] or not cells[1]:
+            raise MdlError(f"expected '<path>,<label>,...', found '{line:.80}'", where, "restore the file")
+        found.append((PurePosixPath(cells[0]), cells[1], where))
+    if not found:
+        raise MdlError("the CSV file has no rows", path, "check --annotations")
+    return found
