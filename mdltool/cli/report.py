@@ -23,7 +23,10 @@ def report(
     out: options.Out = None,
     as_json: options.Json = False,
 ) -> None:
-    """One self-contained HTML page: accuracy, learning curves, classes, confusion, parameters, lineage."""
+    """One self-contained HTML page: accuracy, learning curves, classes, confusion, parameters, lineage.
+
+    With MST-Adapters also their learned branch weights; with a recipe of a paper also that paper's printed tables.
+    """
     from mdltool import console
     from mdltool.artifact import open_artifact, work_dir
     from mdltool.cli.inputs import resolve

@@ -10,16 +10,29 @@ from typing import Any
 
 from mdltool.artifact import Artifact
 from mdltool.lineage import Node
-from mdltool.report import page, plots
+from mdltool.report import branches, page, plots
+
+
+@dataclass(frozen=True)
+class Printed:
+    """A table as a paper prints it, rows of other systems included."""
+
+    caption: str
+    columns: tuple[str, ...]
+    rows: list[tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """One eval with its model where that is still there. lineage: of the eval."""
+    """One eval with its model where that is still there.
+
+    lineage: of the eval. printed: the paper's tables in which its recipe has a row.
+    """
 
     artifact: Artifact
     model: Artifact | None
     lineage: Node
+    printed: tuple[Printed, ...] = ()
 
     @property
     def label(self) -> str:
@@ -34,14 +47,28 @@ class Evaluated:
         return self.model.load_json("model.json") if self.model is not None else {}
 
 
-def document(evals: Sequence[Evaluated]) -> str:
-    """The page of one or several evals."""
+@dataclass(frozen=True)
+class Printed:
+    """A table of a paper, as printed. own: numbers of the rows that stand for a recipe of the report."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    own: frozenset[int]
+    remarks: list[str]
+
+
+def document(evals: Sequence[Evaluated], tables: Sequence[Printed] = ()) -> str:
+    """The page of one or several evals. tables: the papers' printed tables that name their recipes."""
     names = ", ".join(e.label for e in evals)
     sections = [
         page.section("Accuracy", headline(evals), published(evals)),
         page.section("Parameters", parameters(evals)),
         *(page.section(f"Learning: {e.label}", learning(e)) for e in evals if e.model is not None),
+        *(page.section(f"Branches: {e.label}", branches.section(e.model)) for e in evals if e.model is not None),
+        *(page.section(f"Branch weights: {e.label}", branch_weights(e)) for e in evals if e.model is not None),
         *(page.section(f"Classes: {e.label}", classes(e)) for e in evals),
+        page.section("Published: the papers' tables", printed(tables)),
         page.section("Where it comes from", *(lineage(e) for e in evals)),
     ]
     return page.page("Action recognition report", f"mdltool report of {names}", sections)
@@ -76,9 +103,10 @@ def published(evals: Sequence[Evaluated]) -> str:
         for domain, printed in source.get("top1", {}).items():
             ours = e.metrics["domains"].get(domain, {}).get("metrics", {}).get("top1")
             rows.append((recipe["name"], "; ".join(source["rows"]), domain, f"{printed:.2f}", _percent(ours)))
-    return page.table(
-        ("recipe", "row of the paper", "domain", "published top-1 %", "ours %"), rows, "Published rows"
-    )
+    columns = ("recipe", "row of the paper", "domain", "published top-1 %", "ours %")
+    whole = {t.caption: page.table(t.columns, t.rows, t.caption) for e in evals for t in e.printed}
+    folded = page.folded("the printed tables", "".join(whole.values())) if whole else ""
+    return page.table(columns, rows, "Published rows") + folded
 
 
 def parameters(evals: Sequence[Evaluated]) -> str:
@@ -121,6 +149,12 @@ def learning(e: Evaluated) -> str:
     return (page.paragraph(text) if text else "") + page.figures(drawn)
 
 
+def branch_weights(e: Evaluated) -> str:
+    """The learned branch weights of MST-Adapters, of the weights that were evaluated."""
+    assert e.model is not None
+    return branches.show(e.model, e.artifact.request.get("weights", "last"))
+
+
 def classes(e: Evaluated) -> str:
     """Per domain: bars and confusion, and the table behind a fold."""
     confusion = e.artifact.load_json("confusion.json")
@@ -137,6 +171,16 @@ def classes(e: Evaluated) -> str:
         lost = page.table(("missing clip", "reason"), missing)
         parts.append(page.heading(domain) + page.figures(drawn) + listing + lost)
     return "".join(parts)
+
+
+def printed(tables: Sequence[Printed]) -> str:
+    """The papers' own tables, labelled as such."""
+    parts = []
+    for table in tables:
+        listing = page.table(table.columns, table.rows, f"Published: {table.title}", strong=table.own)
+        parts.append(listing + "".join(page.paragraph(remark) for remark in table.remarks))
+    lead = "What the papers print, none of it measured here; rows that stand for a recipe above are bold."
+    return "".join([page.paragraph(lead), *parts]) if parts else ""
 
 
 def lineage(e: Evaluated) -> str:

@@ -13,6 +13,7 @@ matplotlib.use("svg")
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 _INK = "#010203"  # stands for the page's own text colour, so that a dark page stays readable
 _STYLE: dict[Any, Any] = {
@@ -32,8 +33,11 @@ _MANY_CLASSES = 40
 Curve = Sequence[tuple[float, float]]
 
 
-def curves(by_domain: Mapping[str, Curve], ylabel: str, percent: bool = False) -> str:
-    """One line per domain of (updates, value); with many points a smoothed line over a pale one."""
+def curves(by_domain: Mapping[str, Curve], ylabel: str, percent: bool = False, across: str = "updates") -> str:
+    """One line per domain of (updates, value); with many points a smoothed line over a pale one.
+
+    across: what the points are told apart by, where it is not updates.
+    """
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(figsize=(4.6, 2.7))
         for number, (domain, points) in enumerate(by_domain.items()):
@@ -45,9 +49,26 @@ def curves(by_domain: Mapping[str, Curve], ylabel: str, percent: bool = False) -
                 width = max(3, len(x) // 40)
                 x, y = x[width - 1 :], np.convolve(y, np.ones(width) / width, "valid")
             axes.plot(x, y, color=colour, label=domain, marker="o" if len(x) < 20 else None, markersize=3)
-        axes.set_xlabel("updates")
+        axes.set_xlabel(across)
         axes.set_ylabel(ylabel)
         axes.legend(frameon=False)
+        return _svg(figure)
+
+
+def branches(weights: Mapping[str, Mapping[str, Curve]]) -> str:
+    """One panel per place in the block, one line per branch of (block, weight)."""
+    with plt.rc_context(_STYLE):
+        size = (0.6 + 3.2 * len(weights), 2.7)
+        figure, panels = plt.subplots(1, len(weights), figsize=size, sharey=True, squeeze=False)
+        for axes, (place, lines) in zip(panels[0], weights.items(), strict=True):
+            for branch, points in lines.items():
+                x, y = np.array(points, dtype=float).T
+                axes.plot(x, y, label=branch, marker="o", markersize=3)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.set_title(place, fontsize=9)
+            axes.set_xlabel("block")
+        panels[0, 0].set_ylabel("weight")
+        panels[0, -1].legend(frameon=False)
         return _svg(figure)
 
 
