@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from mdltool.model import AdapterSpec, ModelSpec, build_model
 from mdltool.recipe import load, shipped
 from mdltool.stages import describe
+from tests.conftest import Ran
 
 B16, L14, SWIN, VIVIT, VIT = 85_799_424, 303_179_776, 87_638_984, 88_646_400, 85_798_656
 MST_B, MST_L = 17_897_544, 45_244_560
@@ -107,6 +109,39 @@ def test_gflops_and_every_printed_cell(name: str) -> None:
         entry = found["published"]["gflops"]
         far = abs(entry["difference"]) > 0.01 * entry["printed"]
         assert not far or load(name).published.notes is not None
+
+
+def test_ours_is_summed_as_the_paper_sums_and_else_has_the_heads() -> None:
+    head, projection = 769 * 400, 768 * 512
+    found = describe.parameters(load("mst_k400_b16_8"))
+    assert found == {"adapters": MST_B, "total": B16 + MST_B + projection}
+    found = describe.parameters(load("mst_k400_b16_8_full"))
+    assert found == {"backbone_with_projection": B16 + projection, "adapters": 0, "total": B16 + head}
+    assert describe.parameters(load("mst_k400_b16_8_nopw")) == {
+        "adapters": 14_349_384,
+        "total": B16 + 14_349_384 + head,
+    }
+    assert list(describe.parameters(load("tiny_single"))) == ["adapters"], "its data say how many classes there are"
+
+
+def test_recipe_list_shows_ours_beside_the_published_parameters(mdltool: Callable[..., Ran]) -> None:
+    rows = {
+        row["name"]: row
+        for row in mdltool("recipe", "list", "--family", "residual", "--ours", "--json").json["recipes"]
+    }
+    assert set(rows) == {name for name in shipped() if name.startswith("residual_")}
+    for name, row in rows.items():
+        found = counts(name)
+        assert row["ours"] == {part: found[part] for part in ("adapters", "total")}
+    shown = mdltool("recipe", "list", "--family", "tiny", "--ours")
+    assert "published parameters, M" in shown.out
+    assert "ours, M" in shown.out
+    total = describe.run(load("tiny_demo"))["parameters"]["total"]
+    assert f"total {total / 1e6:.2f}" in next(line for line in shown.out.splitlines() if "tiny_demo" in line)
+    assert "ours" not in mdltool("recipe", "list", "--family", "tiny").out
+    ran = mdltool("recipe", "list", "--ours", "--published")
+    assert ran.code == 1
+    assert "do not go together" in ran.err
 
 
 def adapters(backbone: str, frames: int, *entries: tuple[str, dict[str, Any]]) -> int:

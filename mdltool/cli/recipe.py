@@ -38,46 +38,85 @@ def list_recipes(
     published: Annotated[
         bool, typer.Option("--published", help="The papers' printed tables instead, other systems included.")
     ] = False,
+    ours: Annotated[
+        bool, typer.Option("--ours", help="Beside the published parameters ours, counted from shapes.")
+    ] = False,
     as_json: options.Json = False,
 ) -> None:
     """Every recipe with what it stands for and the numbers that its paper prints."""
     if published:
         if family is not None:
             raise MdlError("--family and --published do not go together", "--family", "name a paper instead")
+        if ours:
+            raise MdlError("--ours and --published do not go together", "--ours", "mdltool recipe list --ours")
         _list_published(paper, as_json)
         return
     if paper is not None:
         raise MdlError("a paper goes with --published", paper, f"mdltool recipe list --published {paper}")
-    import yaml
-
     from mdltool import console
-    from mdltool.recipe import ALIASES, shipped
-    from mdltool.registry import did_you_mean
+    from mdltool.recipe import ALIASES
 
-    rows = []
-    for name, path in shipped().items():
-        # libyaml's loader: a list of many files should not take seconds
-        content = yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        rows.append({"name": name, "family": path.parent.name, **_summary(content)})
-    families = sorted({row["family"] for row in rows})
-    if family is not None:
-        if family not in families:
-            raise MdlError(f"there is no family '{family}'", "--family", did_you_mean(family, families))
-        rows = [row for row in rows if row["family"] == family]
+    rows = _rows(family, ours)
     if as_json:
         console.result_json({"recipes": rows, "aliases": ALIASES})
         return
     for group in sorted({row["family"] for row in rows}):
-        cells = [
-            (r["name"], r["about"], "; ".join(r["rows"]), _numbers(r["top1"]), _numbers(r["parameters_m"]))
-            for r in rows
-            if r["family"] == group
-        ]
-        columns = ("recipe", "about", "paper's rows", "published top-1", "published parameters, M")
-        console.table(group, columns, cells, to_stdout=True)
+        _print_family(group, [row for row in rows if row["family"] == group], ours)
     for alias, name in ALIASES.items():
         console.result(f"{alias} = {name}")
+    if ours:
+        console.result("ours: what the paper prints is summed as it sums, else total = backbone + heads + adapters")
     console.result("mdltool recipe list --published shows every printed row of the papers, other systems too")
+
+
+def _rows(family: str | None, ours: bool) -> list[dict[str, Any]]:
+    """What the list says of each recipe. ours: with our counts, which takes a moment for each."""
+    import yaml
+
+    from mdltool.recipe import shipped
+    from mdltool.registry import did_you_mean
+
+    files = shipped()
+    families = sorted({path.parent.name for path in files.values()})
+    if family is not None:
+        if family not in families:
+            raise MdlError(f"there is no family '{family}'", "--family", did_you_mean(family, families))
+        files = {name: path for name, path in files.items() if path.parent.name == family}
+    # libyaml's loader: a list of many files should not take seconds
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    contents = {name: yaml.load(path.read_text(), Loader=loader) for name, path in files.items()}
+    rows = [{"name": name, "family": files[name].parent.name, **_summary(c)} for name, c in contents.items()]
+    return [row | {"ours": count} for row, count in zip(rows, _count(contents), strict=True)] if ours else rows
+
+
+def _count(contents: dict[str, dict[str, Any]]) -> list[dict[str, int]]:
+    """Our parameters of each recipe, on the meta device."""
+    from mdltool import console
+    from mdltool.recipe import find, validate
+    from mdltool.stages.describe import parameters
+
+    found = []
+    with console.progress("count", len(contents), "recipes") as advance:
+        for name, content in contents.items():
+            found.append(parameters(validate(content, find(name))))
+            advance()
+    return found
+
+
+def _print_family(title: str, rows: list[dict[str, Any]], ours: bool) -> None:
+    """ours: with our counts, in the place of what each recipe is about: a folded name cannot be copied."""
+    from mdltool import console
+
+    columns = ["recipe", "about", "paper's rows", "published top-1", "published parameters, M"]
+    cells = [
+        [r["name"], r["about"], "; ".join(r["rows"]), _numbers(r["top1"]), _numbers(r["parameters_m"])]
+        for r in rows
+    ]
+    if ours:
+        counts = [_numbers({part: count / 1e6 for part, count in r["ours"].items()}) for r in rows]
+        columns = ["recipe", *columns[2:], "ours, M"]
+        cells = [[line[0], *line[2:], count] for line, count in zip(cells, counts, strict=True)]
+    console.table(title, columns, cells, to_stdout=True)
 
 
 def _list_published(paper: str | None, as_json: bool) -> None:

@@ -47,28 +47,15 @@ class Evaluated:
         return self.model.load_json("model.json") if self.model is not None else {}
 
 
-@dataclass(frozen=True)
-class Printed:
-    """A table of a paper, as printed. own: numbers of the rows that stand for a recipe of the report."""
-
-    title: str
-    columns: list[str]
-    rows: list[list[str]]
-    own: frozenset[int]
-    remarks: list[str]
-
-
-def document(evals: Sequence[Evaluated], tables: Sequence[Printed] = ()) -> str:
-    """The page of one or several evals. tables: the papers' printed tables that name their recipes."""
+def document(evals: Sequence[Evaluated]) -> str:
+    """The page of one or several evals."""
     names = ", ".join(e.label for e in evals)
     sections = [
         page.section("Accuracy", headline(evals), published(evals)),
         page.section("Parameters", parameters(evals)),
         *(page.section(f"Learning: {e.label}", learning(e)) for e in evals if e.model is not None),
-        *(page.section(f"Branches: {e.label}", branches.section(e.model)) for e in evals if e.model is not None),
-        *(page.section(f"Branch weights: {e.label}", branch_weights(e)) for e in evals if e.model is not None),
+        *(page.section(f"Branches: {e.label}", branch_weights(e)) for e in evals if e.model is not None),
         *(page.section(f"Classes: {e.label}", classes(e)) for e in evals),
-        page.section("Published: the papers' tables", printed(tables)),
         page.section("Where it comes from", *(lineage(e) for e in evals)),
     ]
     return page.page("Action recognition report", f"mdltool report of {names}", sections)
@@ -150,9 +137,9 @@ def learning(e: Evaluated) -> str:
 
 
 def branch_weights(e: Evaluated) -> str:
-    """The learned branch weights of MST-Adapters, of the weights that were evaluated."""
+    """What the branches of MST-Adapters learned, in the weights that were evaluated."""
     assert e.model is not None
-    return branches.show(e.model, e.artifact.request.get("weights", "last"))
+    return branches.section(e.model, e.artifact.request.get("weights", "last"))
 
 
 def classes(e: Evaluated) -> str:
@@ -171,16 +158,6 @@ def classes(e: Evaluated) -> str:
         lost = page.table(("missing clip", "reason"), missing)
         parts.append(page.heading(domain) + page.figures(drawn) + listing + lost)
     return "".join(parts)
-
-
-def printed(tables: Sequence[Printed]) -> str:
-    """The papers' own tables, labelled as such."""
-    parts = []
-    for table in tables:
-        listing = page.table(table.columns, table.rows, f"Published: {table.title}", strong=table.own)
-        parts.append(listing + "".join(page.paragraph(remark) for remark in table.remarks))
-    lead = "What the papers print, none of it measured here; rows that stand for a recipe above are bold."
-    return "".join([page.paragraph(lead), *parts]) if parts else ""
 
 
 def lineage(e: Evaluated) -> str:

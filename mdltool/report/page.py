@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -44,14 +44,8 @@ def section(title: str, *parts: str) -> str:
     return f"<h2>{escape(title)}</h2>{content}" if content else ""
 
 
-def table(
-    columns: Sequence[str],
-    rows: Sequence[Sequence[Any]],
-    caption: str = "",
-    sums: int = 0,
-    strong: Collection[int] = (),
-) -> str:
-    """A table; cells are text, numbers go right; the last `sums` rows and those numbered in `strong` stand out."""
+def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], caption: str = "", sums: int = 0) -> str:
+    """A table; cells are text, numbers go right; the last `sums` rows stand out."""
     if not rows:
         return ""
     numeric = [all(_is_number(row[i]) for row in rows) for i in range(len(columns))]
@@ -64,8 +58,7 @@ def table(
         return f"<tr{mark}>{''.join(parts)}</tr>"
 
     head = line(columns, "th")
-    marked = {*range(len(rows) - sums, len(rows)), *strong}
-    body = "".join(line(row, "td", " class=sum" if i in marked else "") for i, row in enumerate(rows))
+    body = "".join(line(row, "td", " class=sum" if i >= len(rows) - sums else "") for i, row in enumerate(rows))
     top = f"<caption>{escape(caption)}</caption>" if caption else ""
     return f"<table>{top}<thead>{head}</thead><tbody>{body}</tbody></table>"
 

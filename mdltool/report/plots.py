@@ -13,7 +13,6 @@ matplotlib.use("svg")
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 _INK = "#010203"  # stands for the page's own text colour, so that a dark page stays readable
 _STYLE: dict[Any, Any] = {
@@ -52,23 +51,6 @@ def curves(by_domain: Mapping[str, Curve], ylabel: str, percent: bool = False, a
         axes.set_xlabel(across)
         axes.set_ylabel(ylabel)
         axes.legend(frameon=False)
-        return _svg(figure)
-
-
-def branches(weights: Mapping[str, Mapping[str, Curve]]) -> str:
-    """One panel per place in the block, one line per branch of (block, weight)."""
-    with plt.rc_context(_STYLE):
-        size = (0.6 + 3.2 * len(weights), 2.7)
-        figure, panels = plt.subplots(1, len(weights), figsize=size, sharey=True, squeeze=False)
-        for axes, (place, lines) in zip(panels[0], weights.items(), strict=True):
-            for branch, points in lines.items():
-                x, y = np.array(points, dtype=float).T
-                axes.plot(x, y, label=branch, marker="o", markersize=3)
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axes.set_title(place, fontsize=9)
-            axes.set_xlabel("block")
-        panels[0, 0].set_ylabel("weight")
-        panels[0, -1].legend(frameon=False)
         return _svg(figure)
 
 

@@ -60,6 +60,24 @@ def run(recipe: Recipe, views: str | None = None) -> dict[str, Any]:
     }
 
 
+def parameters(recipe: Recipe) -> dict[str, int]:
+    """Ours beside each count that the recipe's paper prints, as the paper sums it, and always adapters and total.
+
+    From shapes alone. Without the class counts, which some recipes leave to the data, the adapters only.
+    """
+    outputs = {name: domain.classes or 1 for name, domain in recipe.domains.items()}
+    with torch.device("meta"):
+        counts = build_model(model_spec(recipe, outputs)).parameter_counts()
+    if any(domain.classes is None for domain in recipe.domains.values()):
+        return {"adapters": counts["adapters"]}
+    own = {part: counts[part] for part in ("adapters", "total")}
+    source = recipe.published
+    if source is None:
+        return own
+    ours = _as_printed(recipe, counts)
+    return {cell: ours[cell] for cell in dict.fromkeys((*source.parameters_m, *own))}
+
+
 def gflops_per_view(model: MultiDomainModel, spec: ModelSpec) -> float:
     """Multiply-adds / 1e9 of one clip through the path of one domain (the first; the paths are alike)."""
     model.eval()
@@ -90,19 +108,25 @@ def saved_bytes_per_clip(model: MultiDomainModel, spec: ModelSpec) -> int:
     return sum(size for _, size in kept.values())
 
 
-def published(recipe: Recipe, counts: dict[str, int], view: float) -> dict[str, Any]:
-    """What the paper prints beside our count of the same thing, cell by cell. view: GFLOPs of one view.
+def _as_printed(recipe: Recipe, counts: dict[str, int]) -> dict[str, int]:
+    """Our counts by the cells of the recipe's paper.
 
     `trainable` in the paper's sense is heads + adapters (+ backbone where it trains); the shared norms stand in no
     column of the paper (spec omi_mdl 2.3).
     """
-    source = recipe.published
-    if source is None:
-        return {}
+    assert recipe.published is not None
     ours = dict(counts)
     trains_backbone = any(step.regime in ("joint", "full") for step in recipe.train.steps)
     ours["trainable"] = counts["heads"] + counts["adapters"] + (counts["backbone"] if trains_backbone else 0)
-    ours |= {cell: sum(counts[part] for part in parts) for cell, parts in source.sums.items()}
+    return ours | {cell: sum(counts[part] for part in parts) for cell, parts in recipe.published.sums.items()}
+
+
+def published(recipe: Recipe, counts: dict[str, int], view: float) -> dict[str, Any]:
+    """What the paper prints beside our count of the same thing, cell by cell. view: GFLOPs of one view."""
+    source = recipe.published
+    if source is None:
+        return {}
+    ours = _as_printed(recipe, counts)
     cells: dict[str, dict[str, Any]] = {}
     for cell, printed in source.parameters_m.items():
         expected, rounded = source.corrected.get(cell, printed), millions(ours[cell], source.digits)

@@ -9,8 +9,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 
-from mdltool.report import page, plots
+from mdltool.artifact import Artifact, begin
+from mdltool.model import AdapterSpec, ModelSpec, build_model
+from mdltool.model_store import stored_tensors, write_model_json
+from mdltool.report import branches, page, plots
+from mdltool.train.checkpoint import save_tensors
 from tests.conftest import Ran, World
 
 
@@ -108,3 +113,46 @@ def test_the_wrong_kind_is_refused(world: World, mdltool: Callable[..., Ran]) ->
     ran = mdltool("report", world.shards("chalk", "val"))
     assert ran.code == 1
     assert "shards artifact, not eval" in ran.err
+
+
+def with_branches(path: Path, fusion: str, last: float, best: float) -> Artifact:
+    """A model of the tiny encoder; in block b of domain b the weights are b times `last` or `best`."""
+    parts = [AdapterSpec("mst", "all", {"r": 4, "fusion": fusion}), AdapterSpec("cls_shift", "all")]
+    spec = ModelSpec("clip_vit_tiny", {}, 4, 32, {"a": 3, "b": 4}, parts, bn="frozen")
+    model = build_model(spec)
+    draft = begin(path, kind="model", stage="train", inputs=[], request={})
+    assert not isinstance(draft, Artifact)
+    for name, scale in (("last", last), ("best", best)):
+        tensors = stored_tensors(model, own_backbone=True)
+        for key in tensors:
+            if key.endswith("/weights"):
+                block = float(key.split("/")[1].removeprefix("block").partition(".")[0])
+                tensors[key] = torch.tensor([1.0, 2.0, -3.0]) * scale * block * (1 if key[0] == "a" else 10)
+        save_tensors(draft.path / "weights" / f"{name}.safetensors", tensors)
+    recipe = {"domains": {d: {"task": "single_label"} for d in "ab"}}
+    write_model_json(draft.path, spec, recipe, {"a": ("x",), "b": ("y",)}, True, {})
+    return draft.commit({})
+
+
+def test_branch_weights_are_those_that_were_evaluated(tmp_path: Path) -> None:
+    artifact = with_branches(tmp_path / "m", "learned", 0.01, 0.002)
+    for weights, scale in (("last", 0.01), ("best", 0.002)):
+        found = branches.branch_weights(artifact, weights)
+        assert list(found) == ["a", "b"]
+        assert [(block, place) for block, place, _ in found["b"]] == [
+            (b, p) for b in (1, 2, 3) for p in ("exit", "mid")
+        ]
+        for domain, factor in (("a", 1), ("b", 10)):
+            for block, _, values in found[domain]:
+                assert values == pytest.approx([scale * factor * block * a for a in (1, 2, -3)])
+    text = branches.section(artifact, "best")
+    assert "-0.180" in text, "negative ones are shown as they are"
+    assert text.count("<svg") == 2
+
+
+def test_branch_weights_are_what_the_branches_are_multiplied_with(tmp_path: Path) -> None:
+    softened = branches.branch_weights(with_branches(tmp_path / "s", "softmax", 0.1, 0.1))
+    for block, _, values in softened["a"]:
+        expected = torch.tensor([0.1, 0.2, -0.3], dtype=torch.float64).mul(block).exp()
+        assert values == pytest.approx((expected / expected.sum()).tolist())
+    assert branches.section(with_branches(tmp_path / "m", "average", 1, 1)) == "", "nothing is learned"
