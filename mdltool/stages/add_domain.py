@@ -40,9 +40,8 @@ def run(
     _check(content, domain, start_from)
     recipe = _recipe_for(content["recipe"], domain, overrides, source)
     data = gather_data(recipe, shards)
-    inputs = [source.as_input("model"), data[domain].train.as_input("train")]
-    if (val := data[domain].val) is not None:
-        inputs.append(val.as_input("val"))
+    given = (("model", source), ("train", data[domain].train), ("val", data[domain].val))
+    inputs = [artifact.as_input(role) for role, artifact in given if artifact is not None]
     own = bool(content["own_backbone"])
     inputs += [] if own else [find_backbone(source, work).as_input("backbone")]
     request = {"recipe": recipe.model_dump(mode="json"), "start_from": start_from}
@@ -51,10 +50,9 @@ def run(
     )
     if isinstance(draft, Artifact):
         return draft
-    old = load_model(source, work=work)
     seeded(recipe.train.seed)
     names = data[domain].train_index.classes
-    model = extended(old, domain, len(names), start_from)
+    model = extended(load_model(source, work=work), domain, len(names), start_from)
     progress = fit(recipe, model, data, draft.path, own_backbone=own, workers=workers, only=domain)
     model.to("cpu")
     save_tensors(draft.path / "weights" / "last.safetensors", stored_tensors(model, own))

@@ -111,6 +111,12 @@ def _step_spec(step: Step, epoch: int) -> StepSpec:
     return StepSpec(step.regime, updates, OptimizerSpec(**step.optimizer.model_dump()), ScheduleSpec(**schedule))
 
 
+def _for_one(spec: TrainSpec, domain: str) -> TrainSpec:
+    """The training of one domain of a finished model: statistics that domains share would move for all of them."""
+    own_norms = spec.bn in ("per_domain", "per_domain_stats")
+    return replace(spec, only=domain, bn=spec.bn if own_norms else "frozen")
+
+
 def fit(
     recipe: Recipe,
     model: MultiDomainModel,
@@ -126,10 +132,7 @@ def fit(
 
     clips = {name: len(data[name].train_index) for name in recipe.domains}
     spec = train_spec(recipe, model.spec, clips)
-    if only is not None:
-        # Statistics that domains share would move for all of them.
-        own_norms = model.spec.bn in ("per_domain", "per_domain_stats")
-        spec = replace(spec, only=only, bn=model.spec.bn if own_norms else "frozen")
+    spec = _for_one(spec, only) if only is not None else spec
     tasks = {name: TASKS.load(part.task)() for name, part in recipe.domains.items()}
     world = join_world()
     accelerator = make_accelerator(recipe.train.precision, folder)
