@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import platform
@@ -21,6 +20,7 @@ from typing import IO, Any
 
 from mdltool import __version__
 from mdltool.errors import MdlError
+from mdltool.files import digest_of, sha256_file, sync_directory, write_text
 
 SCHEMA = 1
 KINDS = ("shards", "backbone", "model", "eval", "export", "report")
@@ -173,16 +173,7 @@ class Draft:
                 shutil.rmtree(target)
             else:
                 target.unlink(missing_ok=True)
-        volatile = tuple(volatile)
-        files = {}
-        for path in sorted(p for p in self.path.rglob("*") if p.is_file()):
-            name = path.relative_to(self.path).as_posix()
-            if name in (_PARTIAL, _LOCK, _MANIFEST):
-                continue
-            size, sha256 = (known or {}).get(name) or (path.stat().st_size, sha256_file(path))
-            files[name] = {"bytes": size, "sha256": sha256}
-            if any(name == v or name.startswith(v + "/") for v in volatile):
-                files[name]["volatile"] = True
+        files = self._files(tuple(volatile), known or {})
         inputs = tuple(Input(**entry) for entry in self._header["inputs"])
         stage, kind = self._header["stage"], self._header["kind"]
         manifest = {
@@ -203,11 +194,24 @@ class Draft:
         (self.path / _PARTIAL).unlink()
         (self.path / _LOCK).unlink()
         os.rename(self.path, self.out)
-        _sync_directory(self.out.parent)
+        sync_directory(self.out.parent)
         self._lock.close()
         if self.out.parent.name == kind:
             _point_latest(self.out)
         return open_artifact(self.out, kind)
+
+    def _files(self, volatile: tuple[str, ...], known: Mapping[str, tuple[int, str]]) -> dict[str, dict[str, Any]]:
+        """The manifest's entry for every file."""
+        files: dict[str, dict[str, Any]] = {}
+        for path in sorted(p for p in self.path.rglob("*") if p.is_file()):
+            name = path.relative_to(self.path).as_posix()
+            if name in (_PARTIAL, _LOCK, _MANIFEST):
+                continue
+            size, sha256 = known.get(name) or (path.stat().st_size, sha256_file(path))
+            files[name] = {"bytes": size, "sha256": sha256}
+            if any(name == v or name.startswith(v + "/") for v in volatile):
+                files[name]["volatile"] = True
+        return files
 
     def abandon(self, keep: bool = False) -> None:
         """Give up: release the lock, and delete the partial directory unless `keep`."""
@@ -365,39 +369,6 @@ def _digest(kind: str, stage: str, inputs: Iterable[Input], files: Mapping[str, 
         "files": {name: entry["sha256"] for name, entry in sorted(files.items()) if not entry.get("volatile")},
     }
     return digest_of(content)
-
-
-def digest_of(value: Any) -> str:
-    """sha256 (hex) of a value's canonical JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def sha256_file(path: Path) -> str:
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a whole file or nothing: a temporary beside it, flushed to disk, then renamed."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """As write_text, for bytes."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as handle:
-        handle.write(data)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _inside(path: Path, directory: Path) -> bool:

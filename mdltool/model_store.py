@@ -17,9 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mdltool.artifact import Artifact, latest, open_artifact, write_text
+from mdltool.artifact import Artifact, latest, open_artifact
 from mdltool.backbones.base import Backbone
 from mdltool.errors import MdlError
+from mdltool.files import write_text
 from mdltool.model import ModelSpec, MultiDomainModel, build_backbone, build_model
 from mdltool.train.checkpoint import save_tensors
 

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from mdltool import __version__, console
-from mdltool.artifact import digest_of, sha256_file, write_text
 from mdltool.errors import MdlError
+from mdltool.files import digest_of, sha256_file, write_text
 
 ATTEMPTS = 4  # in a row that bring no byte
 PAUSE = 1.0  # seconds before the second attempt, doubled for each further one that brings nothing

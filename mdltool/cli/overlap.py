@@ -55,7 +55,7 @@ def overlap(
 
 def _write(path: Path, found: Comparison) -> None:
     from mdltool import console
-    from mdltool.artifact import write_text
+    from mdltool.files import write_text
 
     keys = {(o.train.domain, key) for o in found.overlaps for key in o.train_keys}
     write_text(path, "".join(f"{key}\n" for key in sorted({key for _, key in keys})))

@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mdltool.artifact import write_text
 from mdltool.data.encode import Prepared
 from mdltool.data.formats.common import relative_name
 from mdltool.data.tar import ReadFault, TarWriter
 from mdltool.data.workers import Failed
+from mdltool.files import write_text
 from mdltool.types import Clip
 
 SHARD_PREFIX = "shard-"

@@ -24,11 +24,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mdltool import console
-from mdltool.artifact import write_text
 from mdltool.data.encode import REPRODUCIBLE_H264
 from mdltool.data.synth_figures import APPEARANCE, MOVERS, Figure
 from mdltool.data.synth_looks import LOOKS, Look, paint_background, smooth_noise
 from mdltool.errors import MdlError
+from mdltool.files import write_text
 from mdltool.registry import did_you_mean
 
 Frames = NDArray[np.uint8]

@@ -8,8 +8,9 @@ from typing import Any
 
 import yaml
 
-from mdltool.artifact import Artifact, begin, write_text
+from mdltool.artifact import Artifact, begin
 from mdltool.errors import MdlError
+from mdltool.files import write_text
 from mdltool.model_store import extended, find_backbone, load_model, seeded, stored_tensors, write_model_json
 from mdltool.overrides import apply_override
 from mdltool.recipe import validate

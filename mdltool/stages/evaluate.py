@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from mdltool import console
-from mdltool.artifact import Artifact, begin, open_artifact, write_text
+from mdltool.artifact import Artifact, begin, open_artifact
 from mdltool.data.index import ShardIndex
 from mdltool.data.loader import ViewLoader
 from mdltool.errors import MdlError
 from mdltool.evaluate.metrics import domain_report, mean_over_domains, write_scores
 from mdltool.evaluate.scores import DomainScores, score_domain
+from mdltool.files import write_text
 from mdltool.model import MultiDomainModel
 from mdltool.model_store import load_model
 from mdltool.registry import did_you_mean

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mdltool.artifact import Artifact, sha256_file
+from mdltool.artifact import Artifact
 from mdltool.backbones import BACKBONES
 from mdltool.backbones.download import NotThere, Unreachable, download
 from mdltool.backbones.sources import HUB_FILES, Source, from_url, source_of
 from mdltool.errors import MdlError
+from mdltool.files import sha256_file
 from mdltool.stages.weights import import_weights
 
 

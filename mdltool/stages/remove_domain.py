@@ -6,8 +6,9 @@ from pathlib import Path
 
 import yaml
 
-from mdltool.artifact import Artifact, begin, write_text
+from mdltool.artifact import Artifact, begin
 from mdltool.errors import MdlError
+from mdltool.files import write_text
 from mdltool.model_store import find_backbone, load_model, reduced, stored_tensors, write_model_json
 from mdltool.registry import did_you_mean
 from mdltool.train.checkpoint import save_tensors

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mdltool.artifact import Artifact, begin, write_text
+from mdltool.artifact import Artifact, begin
+from mdltool.files import write_text
 from mdltool.lineage import trace
 from mdltool.published import digits, papers, tables, text
 from mdltool.report.build import Evaluated, Printed, document

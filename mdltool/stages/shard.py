@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mdltool import console
-from mdltool.artifact import Artifact, Draft, begin, digest_of, sha256_file, write_text
+from mdltool.artifact import Artifact, Draft, begin
 from mdltool.data.encode import Encoding, Job, Prepared, prepare
 from mdltool.data.formats import FORMATS
 from mdltool.data.formats.common import read_class_list, relative_name
@@ -34,6 +34,7 @@ from mdltool.data.shards import (
 )
 from mdltool.data.workers import Failed, Pool
 from mdltool.errors import MdlError
+from mdltool.files import digest_of, sha256_file, write_text
 from mdltool.types import Clip, Listing
 
 CLIP_LIMIT_S = 120.0

@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-from mdltool.artifact import Artifact, Draft, begin, write_text
+from mdltool.artifact import Artifact, Draft, begin
+from mdltool.files import write_text
 from mdltool.model import build_model, reuse_classifier
 from mdltool.model_store import (
     backbone_with_weights,

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mdltool.artifact import Artifact, begin, digest_of, sha256_file
+from mdltool.artifact import Artifact, begin
 from mdltool.backbones import BACKBONES
 from mdltool.backbones.base import Backbone
 from mdltool.backbones.formats import to_library
 from mdltool.backbones.sources import HUB_FILES
 from mdltool.errors import MdlError
+from mdltool.files import digest_of, sha256_file
 from mdltool.model import count, parse_options
 from mdltool.model_store import read_tensors, save_backbone
 

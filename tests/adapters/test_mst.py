@@ -17,11 +17,11 @@ from tests.adapters.test_token_adapters import (
     LAYOUTS,
     Entry,
     adapter,
+    assert_same,
     identity,
     model,
     patch,
     patches,
-    same,
     tokens,
 )
 from tests.models import clips, tiny_model
@@ -132,7 +132,7 @@ def test_the_adapter_written_out(layout: str, options: dict[str, Any]) -> None:
     for frames, height, width in ((4, 3, 2), (1, 2, 2), (5, 1, 3)):
         grid = TokenGrid(frames, height, width, layout)
         x = tokens(grid)
-        same(made(identity, x, grid), written_out(made, x, grid, **options))
+        assert_same(made(identity, x, grid), written_out(made, x, grid, **options))
 
 
 def test_without_branches_and_pointwise_it_is_a_linear_adapter() -> None:
@@ -141,7 +141,7 @@ def test_without_branches_and_pointwise_it_is_a_linear_adapter() -> None:
     nn.init.zeros_(made.pointwise.weight)
     nn.init.zeros_(made.pointwise.bias)
     x = tokens(grid)
-    same(made(torch.sin, x, grid), x.sin() + made.up(made.down(x.sin())))
+    assert_same(made(torch.sin, x, grid), x.sin() + made.up(made.down(x.sin())))
 
 
 def test_one_frame_leaves_the_kernels_centres() -> None:
@@ -150,7 +150,7 @@ def test_one_frame_leaves_the_kernels_centres() -> None:
     low = made.down(x)
     pairs = list(zip(made.weights, made.branches, strict=True))
     gain = 1 + sum(a * b.weight[:, 0, size // 2, 0, 0] for (a, b), size in zip(pairs, (3, 5, 7), strict=True))
-    same(made(identity, x, grid), x + made.up(low * gain + sum(a * b.bias for a, b in pairs)))
+    assert_same(made(identity, x, grid), x + made.up(low * gain + sum(a * b.bias for a, b in pairs)))
 
 
 def test_one_branch_alone_and_equal_branches() -> None:
@@ -162,18 +162,18 @@ def test_one_branch_alone_and_equal_branches() -> None:
     low = torch.stack([made.down(x)[patch(grid, *place)] for place in patches(grid)]).view(2, 4, 2, 2, 4)
     alone = low + made.branches[0](low.movedim(-1, 1)).movedim(1, -1)
     expected = x[:, 1:] + made.up(alone + made.pointwise(alone)).view(8, 4, 6)
-    same(made(identity, x, grid)[:, 1:], expected)
+    assert_same(made(identity, x, grid)[:, 1:], expected)
     other = adapter("mst", r=4)
     other.weights.copy_(made.weights)
     for branch in other.branches[1:]:
         nn.init.normal_(branch.weight)
-    same(other(identity, x, grid), made(identity, x, grid))
+    assert_same(other(identity, x, grid), made(identity, x, grid))
     average = adapter("mst", r=4, fusion="average")
     for fusion, equal in (("learned", 1 / 3), ("softmax", 0.7)):
         learned = adapter("mst", r=4, fusion=fusion)
         learned.load_state_dict(average.state_dict(), strict=False)
         learned.weights.fill_(equal)
-        same(learned(identity, x, grid), average(identity, x, grid))
+        assert_same(learned(identity, x, grid), average(identity, x, grid))
         assert set(learned.state_dict()) - set(average.state_dict()) == {"weights"}
 
 
@@ -201,12 +201,12 @@ def test_class_and_patch_tokens_do_not_meet(layout: str, cls: str) -> None:
     before = made(identity, x, grid)
     others = x.clone()
     others[:, 1:] += 1
-    same(made(identity, others, grid)[:, 0], before[:, 0])
+    assert_same(made(identity, others, grid)[:, 0], before[:, 0])
     row = 4 if layout == "frame" else 0
     changed = x.clone()
     changed[row, 0] += 1
     after = made(identity, changed, grid)
-    same(after[:, 1:], before[:, 1:])
+    assert_same(after[:, 1:], before[:, 1:])
     felt = [n for n in range(len(x)) if not torch.equal(after[n, 0], before[n, 0])]
     assert felt == (list(range(1, 8)) if (cls, layout) == ("grid1", "frame") else [row])
     if cls == "bypass":
@@ -222,7 +222,7 @@ def test_every_position_starts_as_the_bare_backbone(backbone: str, position: str
     assert set(fresh.sites) == {f"block{n}.{role}" for n in range(1, blocks + 1) for role in POSITIONS[position]}
     found = fresh(clips(), "a")
     detach(fresh.backbone.net)
-    same(found, fresh.heads["a"](fresh.backbone(clips())[:, 0]))
+    assert_same(found, fresh.heads["a"](fresh.backbone(clips())[:, 0]))
 
 
 def test_the_shift_alone_changes_the_start_and_one_frame_has_none() -> None:
@@ -235,7 +235,7 @@ def test_the_shift_alone_changes_the_start_and_one_frame_has_none() -> None:
     several, one = made(clips(), "a"), made(clips(frames=1), "a")
     detach(made.backbone.net)
     assert not torch.allclose(several, made.heads["a"](made.backbone(clips())[:, 0]), atol=1e-4)
-    same(one, made.heads["a"](made.backbone(clips(frames=1))[:, 0]))
+    assert_same(one, made.heads["a"](made.backbone(clips(frames=1))[:, 0]))
 
 
 def test_positions_cost_the_same_and_differ() -> None:
@@ -259,7 +259,7 @@ def test_clips_of_any_length_do_not_mix(options: dict[str, Any], border: str) ->
     alone = {frames: made(clips(1, frames), "a") for frames in (3, 1, 5)}
     for frames in (5, 3, 1):
         batch = torch.cat([clips(2, frames, seed=7), clips(1, frames)])
-        same(made(batch, "a")[2:], alone[frames])
+        assert_same(made(batch, "a")[2:], alone[frames])
     with pytest.raises(RuntimeError):  # rows that are no whole clips
         TokenGrid(3, 2, 2, "frame").split(torch.zeros(7, 5, 6))
 
@@ -306,7 +306,7 @@ def test_what_the_shift_is() -> None:
         return made(identity, flat.view(6, 1, 8), grid).flatten()
 
     matrix = torch.stack([on_class_tokens(row) for row in torch.eye(48, dtype=torch.float64)], 1)
-    same(matrix @ x[:, 0].flatten(), y[:, 0].flatten())
+    assert_same(matrix @ x[:, 0].flatten(), y[:, 0].flatten())
     swap = torch.tensor([2, 3, 0, 1, 4, 5, 6, 7]).repeat(6) + torch.arange(6).repeat_interleave(8) * 8
     assert torch.equal(matrix.T, matrix[swap][:, swap])
     constant = x[:1].expand(6, -1, -1)
@@ -364,7 +364,7 @@ def test_time_reversed(kernels: str) -> None:
         else:
             for branch in own.branches:
                 branch.weight.copy_(branch.weight.flip(2))
-    same(frame_outputs(made, x.flip(2)), expected)
+    assert_same(frame_outputs(made, x.flip(2)), expected)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -381,7 +381,7 @@ def test_st_adapter_tap_by_tap(layout: str, frames: int) -> None:
                 token = x[patch(grid, b, near, i, j)]
                 hidden += made.conv.weight[:, 0, tap, 0, 0] * (made.down.weight @ token + made.down.bias)
         expected[patch(grid, b, t, i, j)] += made.up.weight @ hidden + made.up.bias
-    same(made(identity, x, grid), expected)
+    assert_same(made(identity, x, grid), expected)
     if layout != "grid":
         assert torch.equal(made(identity, x, grid)[:, 0], x[:, 0])
 

@@ -23,7 +23,7 @@ Entry = tuple[str, dict[str, Any]]
 LAYOUTS = ("frame", "clip", "grid")
 
 
-def same(found: Tensor, expected: Tensor) -> None:
+def assert_same(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
 
 
@@ -177,7 +177,7 @@ def test_mhva_token_by_token(layout: str, options: dict[str, Any]) -> None:
     if layout != "grid" and options.get("cls") != "skip":
         for row in range(len(x)):
             add((row, 0), heads if options.get("cls") == "own" else 0)
-    same(made(lambda u: 2 * u, x, grid), expected)
+    assert_same(made(lambda u: 2 * u, x, grid), expected)
     assert len(made.down) == heads + (layout != "grid" and options.get("cls") == "own")
 
 
@@ -194,7 +194,7 @@ def test_mhva_locality() -> None:
         expected = torch.tensor([k == 0] + [row == k for row in range(3) for _ in range(3)])
         assert torch.equal(moved, expected.expand_as(moved))
     order = torch.tensor([2, 0, 1, 4, 5, 3])
-    same(made(identity, x[order], grid), before[order])
+    assert_same(made(identity, x[order], grid), before[order])
 
 
 def test_equal_heads_are_one_plain_adapter() -> None:
@@ -204,7 +204,7 @@ def test_equal_heads_are_one_plain_adapter() -> None:
     made.scale.copy_(plain.scale)
     for height, width in ((4, 4), (3, 3), (1, 2)):
         grid = TokenGrid(2, height, width, "frame")
-        same(made(identity, tokens(grid), grid), plain(identity, tokens(grid), grid))
+        assert_same(made(identity, tokens(grid), grid), plain(identity, tokens(grid), grid))
 
 
 def test_heads_without_positions_get_no_gradient() -> None:
@@ -234,7 +234,7 @@ def test_weights_fit_another_size(chunk: str) -> None:
     small, large = (model("swin3d_tiny", ("mhva", options), crop=crop) for crop in (32, 48))
     large.load_tensors(small.tensors(), "test")
     x = clips(crop=48)
-    same(small(x, "a"), large(x, "a"))
+    assert_same(small(x, "a"), large(x, "a"))
     assert torch.equal(heads_of(8, 8, 4, "grid:2x2")[::2, ::2], heads_of(4, 4, 4, "grid:2x2"))
 
 
@@ -245,7 +245,7 @@ def test_chunks_need_no_values_of_tensors(chunk: str) -> None:
     x = tokens(grid)
     torch._dynamo.reset()
     compiled = torch.compile(lambda u: made(identity, u, grid), backend="eager", fullgraph=True)
-    same(compiled(x), made(identity, x, grid))
+    assert_same(compiled(x), made(identity, x, grid))
     torch._dynamo.reset()
     assert copy.deepcopy(made).to("meta")(identity, x.to("meta"), grid).shape == x.shape
 
@@ -275,7 +275,7 @@ def test_adaptformer_is_one_head_with_a_fixed_scale() -> None:
     x = tokens(grid)
     bottleneck = nn.functional.relu(nn.functional.linear(x, made.down[0].T, made.down_bias[0]))
     expected = nn.functional.linear(bottleneck, made.up[0].T, made.up_bias[0])
-    same(made(torch.sin, x, grid), x.sin() + torch.tensor(0.1).double() * expected)
+    assert_same(made(torch.sin, x, grid), x.sin() + torch.tensor(0.1).double() * expected)
 
 
 @pytest.mark.parametrize("backbone", ["clip_vit_tiny", "swin3d_tiny"])
@@ -296,7 +296,7 @@ def test_lora_merges_into_the_weights(backbone: str, targets: tuple[str, ...]) -
             first = "qkv".index(target) * channels if fused else 0
             weight[first : first + channels] += 5.0 / 2 * lora.up[n] @ lora.down[n]
     x = clips()
-    same(made.backbone(x), merged(x))
+    assert_same(made.backbone(x), merged(x))
     bare = copy.deepcopy(made.backbone)
     detach(bare.net)
     assert not torch.allclose(bare(x), merged(x), atol=1e-3)
@@ -349,7 +349,7 @@ def test_a_prefix_is_attention_over_joined_keys(reparam: str, gate: str, lora: b
     g = 1 if gate == "softmax" else prefix.gain.tanh()
     out = library(made, "encoder.layers.1.self_attn.out_proj")
     mixed = (1 - g) * attention(own["k"], own["v"]) + g * attention(joined["k"], joined["v"])
-    same(at_site(made, "block2.attn", x, grid), out(mixed))
+    assert_same(at_site(made, "block2.attn", x, grid), out(mixed))
 
 
 @pytest.mark.parametrize("block", [1, 2])
@@ -378,7 +378,7 @@ def test_a_prefix_in_shifted_windows(block: int) -> None:
     joined = torch.cat([torch.einsum("bnhd,blhd->bhnl", q, keys) / 4, own], -1).softmax(-1)
     y = torch.einsum("bhnm,bmhd->bnhd", joined, torch.cat([values, v], 1)).flatten(2)
     expected = layer.proj(y).unflatten(1, size)[:, :3, :4, :4]
-    same(at_site(made, f"block{block}.attn", x, grid), expected)
+    assert_same(at_site(made, f"block{block}.attn", x, grid), expected)
 
 
 def test_prefix_and_tokens_share_one_normaliser() -> None:
@@ -392,7 +392,7 @@ def test_prefix_and_tokens_share_one_normaliser() -> None:
     keys[..., 0] += 2
     assert (attend(q, k, v, None, (keys, values, gate)) - before).abs().min() > 1e-6
     k[..., 0] += 2
-    same(attend(q, k, v, None, (keys, values, gate)), before)
+    assert_same(attend(q, k, v, None, (keys, values, gate)), before)
 
 
 def test_how_a_prefix_starts_and_drops() -> None:

@@ -15,7 +15,7 @@ from mdltool.errors import MdlError
 from mdltool.model import choose_sites
 from mdltool.wrapping import TokenGrid
 from tests.adapters.test_mst import shifted
-from tests.adapters.test_token_adapters import Entry, at_site, identity, model, same, tokens
+from tests.adapters.test_token_adapters import Entry, assert_same, at_site, identity, model, tokens
 from tests.models import clips, tiny_model
 
 NAMES = Names("n1", "attn", "n2", "mlp", {"q": "q_proj", "k": "k_proj", "v": "v_proj"})
@@ -59,12 +59,12 @@ def test_prefix_and_mhva_at_one_attention_in_either_order(backbone: str) -> None
         second.sites[f"{name}+prefix"].adapters.load_state_dict(first.sites[name].adapters.state_dict())
         second.sites[name].adapters.load_state_dict(first.sites[f"{name}+mhva"].adapters.state_dict())
     x = clips()
-    same(first(x, "a"), second(x, "a"))
+    assert_same(first(x, "a"), second(x, "a"))
     grid = first.route.tokens
     assert grid is not None
     u = tokens(grid, channels=first.sites["block2.attn"].site.channels)
     added = first.sites["block2.attn+mhva"].adapters["a"](torch.zeros_like, u, grid)
-    same(at_site(first, "block2.attn+mhva", u, grid), at_site(first, "block2.attn", u, grid) + added)
+    assert_same(at_site(first, "block2.attn+mhva", u, grid), at_site(first, "block2.attn", u, grid) + added)
 
 
 def test_mst_and_shift_at_one_site_in_their_order() -> None:
@@ -77,8 +77,8 @@ def test_mst_and_shift_at_one_site_in_their_order() -> None:
     grid = TokenGrid(3, 2, 2, "frame")
     x = tokens(grid, channels=64)
     own = made.sites["block1.attn_in"].adapters["a"]
-    same(at_site(made, "block1.attn_in+cls_shift", x, grid), shifted(own(identity, x, grid), 3, 16))
-    same(at_site(turned, "block1.attn_in+mst", x, grid), own(identity, shifted(x, 3, 16), grid))
+    assert_same(at_site(made, "block1.attn_in+cls_shift", x, grid), shifted(own(identity, x, grid), 3, 16))
+    assert_same(at_site(turned, "block1.attn_in+mst", x, grid), own(identity, shifted(x, 3, 16), grid))
     assert not torch.allclose(made(clips(), "a"), turned(clips(), "a"), atol=1e-4)
 
 

@@ -149,7 +149,7 @@ COLOURS = [
 @pytest.mark.parametrize("colour", COLOURS)
 def test_both_decoders_give_the_same_bits(pix_fmt: str, size: tuple[int, int], colour) -> None:
     needs("torchcodec")
-    same_bits(make_video(8, size=size, pix_fmt=pix_fmt, colour=colour, gop=4))
+    assert_same_bits(make_video(8, size=size, pix_fmt=pix_fmt, colour=colour, gop=4))
 
 
 @pytest.mark.parametrize(("codec", "container"), [("libx265", "mp4"), ("libvpx-vp9", "webm"), ("libsvtav1", "mp4")])
@@ -158,10 +158,10 @@ def test_both_decoders_give_the_same_bits_for_other_codecs(
     codec: str, container: str, size: tuple[int, int]
 ) -> None:
     needs("torchcodec")
-    same_bits(make_video(8, size=size, codec=codec, container=container, gop=4))
+    assert_same_bits(make_video(8, size=size, codec=codec, container=container, gop=4))
 
 
-def same_bits(source: bytes | Path) -> None:
+def assert_same_bits(source: bytes | Path) -> None:
     ours, theirs = (decode(source, every(3), backend=backend) for backend in BACKENDS)
     assert (ours.backend, theirs.backend) == BACKENDS
     assert torch.equal(ours.frames, theirs.frames)

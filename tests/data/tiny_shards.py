@@ -14,7 +14,8 @@ import av
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
 
-from mdltool.artifact import Artifact, Draft, begin, sha256_file
+from mdltool.artifact import Artifact, Draft, begin
+from mdltool.files import sha256_file
 
 _BITS = 8
 _WITH_B_FRAMES = ("libx264", "libx265", "mpeg4", "mpeg2video")

@@ -216,7 +216,7 @@ def killed_run(words: list[str], out: Path, rng: random.Random, at: str | None =
     process.wait()
 
 
-def kill_and_resume(kills: int, world: World, mdltool: Callable[..., Ran], tmp_path: Path) -> None:
+def assert_kills_change_nothing(kills: int, world: World, mdltool: Callable[..., Ran], tmp_path: Path) -> None:
     # more updates than the kills can use up, and one thread here and there, as the digest asks for
     sets = ["--set", f"train.steps.0.updates={6 + kills}", "--workers", "1"]
     steady = mdltool(*world.train_words(), *sets, "--out", tmp_path / "steady").path
@@ -255,13 +255,13 @@ def one_thread(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.usefixtures("one_thread")
 def test_three_kills_change_nothing(world: World, mdltool: Callable[..., Ran], tmp_path: Path) -> None:
     """One of them while a checkpoint is written."""
-    kill_and_resume(3, world, mdltool, tmp_path)
+    assert_kills_change_nothing(3, world, mdltool, tmp_path)
 
 
 @pytest.mark.full
 @pytest.mark.usefixtures("one_thread")
 def test_twenty_kills_change_nothing(world: World, mdltool: Callable[..., Ran], tmp_path: Path) -> None:
-    kill_and_resume(20, world, mdltool, tmp_path)
+    assert_kills_change_nothing(20, world, mdltool, tmp_path)
 
 
 def test_an_interrupted_run_is_named_by_the_next_stage_and_by_train(
