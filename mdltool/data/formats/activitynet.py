@@ -10,18 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from mdltool.data.formats.common import (
-    choose_video,
-    finished,
     key_of,
-    label_of,
-    relative_name,
     same_split,
     source_folder,
-    videos_by_stem,
 )
+from mdltool.data.formats.gather import Gathering
 from mdltool.data.formats.json_file import object_of, read_json
 from mdltool.errors import MdlError
-from mdltool.types import Clip, Listing
+from mdltool.types import Listing
 
 CLIP_MS = 10_000
 SHORTEST_MS = 1_000  # of the piece that is left at a segment's end: less shows hardly any of an action
@@ -69,22 +65,16 @@ def read(
         v for video_id, entry in _database(path).items() if (v := _video(video_id, entry, path, split, found))
     ]
     names = tuple(classes) if classes else tuple(sorted(found.labels))
-    index = {name: i for i, name in enumerate(names)}
-    files = videos_by_stem(source)
+    gathering = Gathering(source, names)
     wanted = _of_split(videos, split, path)
-    clips, missing = [], []
     for video in wanted:
         stem = f"v_{video.video_id}"
-        candidates = files.get(stem) or files.get(video.video_id)
+        candidates = gathering.videos.get(stem) or gathering.videos.get(video.video_id)
         for start_ms, end_ms, name, where in video.pieces:
-            label = label_of(name, index, where)
             span = (start_ms / 1000, end_ms / 1000)
-            if candidates:
-                file = choose_video(candidates, name)
-                clips.append(Clip(key_of(relative_name(file, source), *span), file, label, *span))
-            else:
-                missing.append((key_of(stem, *span), f"no file {stem}.* or {video.video_id}.*"))
-    return finished(names, clips, missing, _notes(videos, wanted, found, classes is not None), path)
+            absent = (key_of(stem, *span), f"no file {stem}.* or {video.video_id}.*")
+            gathering.take(candidates, name, where, absent, span)
+    return gathering.listing(_notes(videos, wanted, found, classes is not None), path)
 
 
 def _json_file(source: Path, annotations: Path | None) -> Path:

@@ -8,18 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mdltool.data.formats.common import (
-    choose_video,
-    finished,
     key_of,
     label_of,
     official_part,
     read_lines,
-    relative_name,
     source_folder,
-    videos_by_stem,
 )
+from mdltool.data.formats.gather import Gathering
 from mdltool.errors import MdlError
-from mdltool.types import Clip, Listing
+from mdltool.types import Listing
 
 _FOLDERS = ("testTrainMulti_7030_splits", "test_train_splits", "splits")
 _USE = {"train": "1", "eval": "2"}
@@ -41,12 +38,10 @@ def read(
     files = _split_files(source, annotations, fold)
     use = _USE[official_part(split, annotations or source)]
     names = tuple(classes) if classes else tuple(files)
-    index = {name: i for i, name in enumerate(names)}
-    videos = videos_by_stem(source)
+    gathering = Gathering(source, names)
     counts: Counter[str] = Counter()
-    clips, missing = [], []
     for class_name, path in files.items():
-        label = label_of(class_name, index, str(path))
+        label_of(class_name, gathering.index, str(path))  # a list of an unlisted class is a fault, used or not
         for number, line in read_lines(path):
             name, _, mark = line.rpartition(" ")
             if mark not in ("0", "1", "2") or not name:
@@ -56,17 +51,14 @@ def read(
             counts[mark] += 1
             if mark != use:
                 continue
-            stem = Path(name.strip()).stem
-            if stem in videos:
-                video = choose_video(videos[stem], class_name)
-                clips.append(Clip(key_of(relative_name(video, source)), video, label))
-            else:
-                missing.append((f"{class_name}/{key_of(name.strip())}", f"no file {class_name}/{name.strip()}"))
+            file = name.strip()
+            absent = (f"{class_name}/{key_of(file)}", f"no file {class_name}/{file}")
+            gathering.take(gathering.videos.get(Path(file).stem), class_name, str(path), absent)
     notes = [
         f"lists: {len(files)} files of fold {fold}: {counts['1']} train, {counts['2']} test, {counts['0']} unused",
         "labels: class names, sorted",
     ]
-    return finished(names, clips, missing, notes, next(iter(files.values())).parent)
+    return gathering.listing(notes, next(iter(files.values())).parent)
 
 
 def _split_files(source: Path, annotations: Path | None, fold: int) -> dict[str, Path]:

@@ -6,17 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mdltool.data.formats.common import (
-    choose_video,
-    finished,
-    key_of,
-    label_of,
-    relative_name,
     source_folder,
-    videos_by_stem,
 )
+from mdltool.data.formats.gather import Gathering
 from mdltool.data.formats.table import Row, read_rows, rows_of_split
 from mdltool.errors import MdlError
-from mdltool.types import Clip, Listing
+from mdltool.types import Listing
 
 _NO_LABELS = "the published test lists carry no labels: use the train or val list"
 
@@ -40,21 +35,14 @@ def read(
     rows = read_rows(annotations, ("label", "youtube_id"), _NO_LABELS)
     labels = [_unquoted(row["label"]) for row in rows]
     names = tuple(classes) if classes else tuple(sorted(set(labels)))
-    index = {name: i for i, name in enumerate(names)}
-    videos = videos_by_stem(source)
-    clips, missing = [], []
+    gathering = Gathering(source, names)
     for row in rows_of_split(rows, split, annotations):
-        label_name = _unquoted(row["label"])
-        label = label_of(label_name, index, row.where)
         stems = _stems(row)
-        candidates = next((videos[stem] for stem in stems if stem in videos), None)
-        if candidates:
-            video = choose_video(candidates, label_name)
-            clips.append(Clip(key_of(relative_name(video, source)), video, label))
-        else:
-            missing.append((stems[0], f"no file {stems[0]}.* or {stems[-1]}.*"))
+        candidates = next((gathering.videos[stem] for stem in stems if stem in gathering.videos), None)
+        absent = (stems[0], f"no file {stems[0]}.* or {stems[-1]}.*")
+        gathering.take(candidates, _unquoted(row["label"]), row.where, absent)
     order = "from --classes" if classes else "the label column, sorted (give --classes for an excerpt)"
-    return finished(names, clips, missing, [f"labels: {order}"], annotations)
+    return gathering.listing([f"labels: {order}"], annotations)
 
 
 def _unquoted(label: str) -> str:

@@ -7,19 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from mdltool.data.formats.common import (
-    choose_video,
-    finished,
     in_order,
     key_of,
-    label_of,
     read_lines,
-    relative_name,
     same_split,
     source_folder,
-    videos_by_stem,
 )
+from mdltool.data.formats.gather import Gathering
 from mdltool.errors import MdlError
-from mdltool.types import Clip, Listing
+from mdltool.types import Listing
 
 _LISTS = {"train": ("trainingSet.csv", "training"), "val": ("validationSet.csv", "validation")}
 _CATEGORIES = "moments_categories.txt"
@@ -42,23 +38,16 @@ def read(
     source = source_folder(source)
     path = _list_file(source, annotations, split)
     names, note = (tuple(classes), "from --classes") if classes else _class_list(path.parent / _CATEGORIES)
-    index = {name: i for i, name in enumerate(names)}
-    root = _folder_of(source, split)
-    videos = videos_by_stem(root)
+    gathering = Gathering(source, names, _folder_of(source, split))
     rows = _rows(path)
-    clips, missing = [], []
     for name, label_name, where in rows:
-        label = label_of(label_name, index, where)
         folder = name.parent.name
         # one file name can stand under two labels: another class's file is not this row's
-        own = [v for v in videos.get(name.stem, ()) if v.parent.name == folder or v.parent.name not in index]
-        if own:
-            video = choose_video(own, folder)
-            clips.append(Clip(key_of(relative_name(video, source)), video, label))
-        else:
-            missing.append((key_of(name.as_posix()), f"no file {name}"))
+        named = gathering.videos.get(name.stem, ())
+        own = [v for v in named if v.parent.name == folder or v.parent.name not in gathering.index]
+        gathering.take(own, label_name, where, (key_of(name.as_posix()), f"no file {name}"), folder=folder)
     notes = [f"list: {path.name}, {len(rows)} clips", f"labels: {note}"]
-    return finished(names, clips, missing, notes, path)
+    return gathering.listing(notes, path)
 
 
 def _published(split: str) -> tuple[str, str] | None:

@@ -7,20 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from mdltool.data.formats.common import (
-    choose_video,
-    finished,
     in_order,
     key_of,
-    label_of,
     read_lines,
-    relative_name,
     same_split,
     source_folder,
-    videos_by_stem,
 )
+from mdltool.data.formats.gather import Gathering
 from mdltool.data.formats.json_file import object_of, read_json, text_of
 from mdltool.errors import MdlError
-from mdltool.types import Clip, Listing
+from mdltool.types import Listing
 
 _PREFIX = "something-something-v2-"
 _LISTS = {
@@ -49,19 +45,13 @@ def read(
     source = source_folder(source)
     path = _list_file(source, annotations, split)
     names, note = (tuple(classes), "from --classes") if classes else _class_list(path.parent)
-    index = {name: i for i, name in enumerate(names)}
-    videos = videos_by_stem(source)
+    gathering = Gathering(source, names)
     entries = _answers(path) if path.suffix == ".csv" else _records(path)
-    clips, missing = [], []
     for video_id, template, where in entries:
-        label = label_of(template, index, where)
-        if video_id in videos:
-            video = choose_video(videos[video_id], template)
-            clips.append(Clip(key_of(relative_name(video, source)), video, label))
-        else:
-            missing.append((key_of(video_id), f"no file {video_id}.webm"))
+        absent = (key_of(video_id), f"no file {video_id}.webm")
+        gathering.take(gathering.videos.get(video_id), template, where, absent)
     notes = [f"list: {path.name}, {len(entries)} clips", f"labels: {note}"]
-    return finished(names, clips, missing, notes, path)
+    return gathering.listing(notes, path)
 
 
 def _list_file(source: Path, annotations: Path | None, split: str) -> Path:

@@ -6,18 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from mdltool.data.formats.common import (
-    choose_video,
-    finished,
     key_of,
-    label_of,
     official_part,
     read_lines,
-    relative_name,
     source_folder,
-    videos_by_stem,
 )
+from mdltool.data.formats.gather import Gathering
 from mdltool.errors import MdlError
-from mdltool.types import Clip, Listing
+from mdltool.types import Listing
 
 _LISTS = {"train": "trainlist", "eval": "testlist"}
 
@@ -41,19 +37,12 @@ def read(
     entries = [_entry(line, f"{path}, line {number}") for number, line in read_lines(path)]
     base, note = _label_base(entries, official)
     names = tuple(classes) if classes else official
-    index = {name: i for i, name in enumerate(names)}
-    videos = videos_by_stem(source)
-    clips, missing = [], []
+    gathering = Gathering(source, names)
     for name, number, where in entries:
         class_name = name.parent.name or official[(number or 0) - base]
-        label = label_of(class_name, index, where)
-        candidates = videos.get(name.stem)
-        if candidates:
-            video = choose_video(candidates, class_name)
-            clips.append(Clip(key_of(relative_name(video, source)), video, label))
-        else:
-            missing.append((key_of(name.as_posix()), f"no file {name}"))
-    return finished(names, clips, missing, [f"list: {path.name}", note], path)
+        absent = (key_of(name.as_posix()), f"no file {name}")
+        gathering.take(gathering.videos.get(name.stem), class_name, where, absent)
+    return gathering.listing([f"list: {path.name}", note], path)
 
 
 def _list_file(source: Path, annotations: Path | None, split: str, fold: int) -> Path:
