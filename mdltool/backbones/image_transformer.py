@@ -149,6 +149,16 @@ class ClipSmall(ClipVision):
     default_crop = 64
 
 
+# How transformers calls the parts of a ViT's block, and of a ViViT's.
+VIT_NAMES = Names(
+    "layernorm_before",
+    "attention",
+    "layernorm_after",
+    "mlp",
+    {"q": "q_proj", "k": "k_proj", "v": "v_proj"},
+)
+
+
 class VitAttention(ProjectedAttention):
     output = "o_proj"
 
@@ -161,13 +171,7 @@ class Vit(ImageTransformer):
     final_norm = "layernorm"
     attention = VitAttention
     drop = "dropout"
-    names = Names(
-        "layernorm_before",
-        "attention",
-        "layernorm_after",
-        "mlp",
-        {"q": "q_proj", "k": "k_proj", "v": "v_proj"},
-    )
+    names = VIT_NAMES
 
     def make(self, config: dict[str, Any]) -> nn.Module:
         return ViTModel(ViTConfig(**config), add_pooling_layer=False)

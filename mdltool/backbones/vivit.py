@@ -12,7 +12,8 @@ from torch.nn import functional
 from transformers import VivitConfig, VivitModel
 
 from mdltool.backbones.base import BackboneOptions
-from mdltool.backbones.transformer import Names, ProjectedAttention, TransformerBackbone
+from mdltool.backbones.image_transformer import VIT_NAMES, VitAttention
+from mdltool.backbones.transformer import TransformerBackbone
 from mdltool.errors import MdlError
 from mdltool.wrapping import TokenGrid
 
@@ -22,10 +23,6 @@ class VivitOptions(BackboneOptions):
 
     pool: Literal["class_token", "mean_tokens"] = "class_token"
     interpolate: bool = False
-
-
-class VivitAttention(ProjectedAttention):
-    output = "o_proj"
 
 
 class VivitB16x2(TransformerBackbone):
@@ -38,15 +35,9 @@ class VivitB16x2(TransformerBackbone):
     default_crop = 224
     mean = (0.5, 0.5, 0.5)
     std = (0.5, 0.5, 0.5)
-    attention = VivitAttention
+    attention = VitAttention
     drop = "dropout"
-    names = Names(
-        "layernorm_before",
-        "attention",
-        "layernorm_after",
-        "mlp",
-        {"q": "q_proj", "k": "k_proj", "v": "v_proj"},
-    )
+    names = VIT_NAMES
     config: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, options: VivitOptions, num_frames: int, crop: int) -> None:

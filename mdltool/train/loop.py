@@ -160,6 +160,7 @@ class Trainer:
         if self._restored is not None and self.progress.update > begin:
             restore_optimizer(optimizer, *self._restored)
         self._restored = None
+        self._clip_norm = step.optimizer.clip_norm
         optimizer = self.run_parts.accelerator.prepare(optimizer)
         batches_per_update = len(self.spec.batch) * self.spec.rounds_per_update
         rate = learning_rate(step.schedule, step.optimizer.lr, step.updates, batches_per_update)
@@ -168,7 +169,6 @@ class Trainer:
             lr = rate(update - begin)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["scale"]
-            self._clip_norm = step.optimizer.clip_norm
             loss = self._update(update, batches, parameters, optimizer, log, lr)
             self.progress.update = update + 1
             self.progress.seconds += time.monotonic() - started
