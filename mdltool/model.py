@@ -19,6 +19,7 @@ from mdltool.adapters.domain_norm import BATCH_NORMS as BATCH_NORM_LAYERS
 from mdltool.adapters.domain_norm import DomainBatchNorm, attach_domain_norms
 from mdltool.backbones import BACKBONES
 from mdltool.backbones.base import Backbone, some
+from mdltool.convolution import pad_short_inputs
 from mdltool.errors import MdlError
 from mdltool.registry import did_you_mean
 from mdltool.types import Place, Site
@@ -87,6 +88,7 @@ class MultiDomainModel(nn.Module):
             for name, wrapper in attach(backbone.net, chosen, spec.domains, method, options, self.route).items():
                 # State is stored by site; a second adapter at a site adds its type.
                 self.sites[name if name not in self.sites else f"{name}+{entry.type}"] = wrapper
+        pad_short_inputs(self)
         self.dropout = nn.Dropout(spec.dropout)
         heads = {d: nn.Linear(backbone.feature_dim, outputs) for d, outputs in spec.domains.items()}
         self.heads = nn.ModuleDict(heads)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mdltool.adapters.base import Inner, TokenAdapter, TokenOptions
+from mdltool.convolution import conv3d
 from mdltool.types import Site
 from mdltool.wrapping import TokenGrid
 
@@ -123,7 +124,7 @@ class MstAdapter(TokenAdapter):
         kernel = torch.stack([a * _spread(branch, box) for a, branch in pairs]).sum(0)
         bias = torch.stack([a * branch.bias for a, branch in pairs]).sum(0)
         padding = [size // 2 for size in box]
-        return functional.conv3d(x_BRTHW, kernel, bias, padding=padding, groups=x_BRTHW.shape[1])
+        return conv3d(x_BRTHW, kernel, bias, padding=padding, groups=x_BRTHW.shape[1])
 
 
 class _Channelwise(nn.Module):
