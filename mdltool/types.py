@@ -107,16 +107,22 @@ class Domain:
 
 @dataclass
 class Batch:
-    """Clips of one domain on their way to the model.
+    """Clips on their way to the model: this process's micro-batch of one whole batch.
 
-    frames: uint8 [B, C, T, H, W], values 0..255, not normalised. labels: int64 [B].
-    keys: the clips' keys. positions: each clip's position in the domain's endless stream.
-    skipped: (key, reason) of clips that could not be decoded and were passed over for the next of the stream.
+    domain: of all clips; None where several are mixed. frames: uint8 [B, C, T, H, W], values 0..255, not
+    normalised. labels: int64 [B], or [B, N] of tasks with a value for every output. keys: the clips' keys.
+    positions: each clip's position in its domain's endless stream. skipped: (key, reason) of clips that could not
+    be decoded and were passed over for the next of the stream. domain_B: int64 [B], each clip's domain by its
+    number among the recipe's; None: all of `domain`. whole: domain -> clips of the whole batch, over all processes
+    and micro-batches. number: of the whole batch, in its update.
     """
 
-    domain: str
+    domain: str | None
     frames: torch.Tensor
     labels: torch.Tensor
     keys: list[str]
     positions: list[int] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    domain_B: torch.Tensor | None = None
+    whole: dict[str, int] = field(default_factory=dict)
+    number: int = 0

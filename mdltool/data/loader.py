@@ -1,8 +1,7 @@
 """From shards to batches, at exact positions (design, section 7; spec omi_mdl 5.1, 6.1, 6.3, 6.5).
 
-A domain is an endless stream: one permutation of its clips after the other. The position in the stream decides
-the clip and its augmentation, and the update decides the positions, so any number of workers and processes gives
-the same batches, and a run that starts at update u gets what it would have got.
+The order (order.py) decides which positions of which domains a batch takes; here a position becomes a decoded and
+augmented clip, as a pure function of the seed and the position.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import functools
 import math
 import multiprocessing
 import signal
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -25,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from mdltool import console
 from mdltool.data.decode import decode
 from mdltool.data.index import ShardIndex
+from mdltool.data.order import AUGMENT, ORDER, START, Order, Share, Slot, rng_for, rows_of
 from mdltool.data.sampling import Sampling, clip_indices, random_start
 from mdltool.data.transforms import TrainTransform
 from mdltool.data.video import Timeline, VideoError
@@ -32,20 +31,9 @@ from mdltool.errors import MdlError
 from mdltool.evaluate.views import Views, ViewSpec, load_views
 from mdltool.types import Batch
 
-DOMAIN_ORDERS = ("sequential", "shuffled", "random")
 _WINDOW_SHARDS = 8
 # The trainer decides when to stop; workers end with it.
 _TRAINERS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-# What a random number is for; with the seed, the domain and a position it decides the number.
-_ORDER, _START, _AUGMENT, _DOMAINS = range(4)
-
-
-@dataclass(frozen=True)
-class Stream:
-    """One domain's shards and how many clips a batch takes of them, over all processes."""
-
-    index: ShardIndex
-    batch: int
 
 
 @dataclass(frozen=True)
@@ -63,7 +51,7 @@ def epoch_order(index: ShardIndex, seed: int, epoch: int, window: int = _WINDOW_
 
     A pure function of its arguments. Windows keep reads near each other on disks that care.
     """
-    rng = _rng(seed, index.domain, _ORDER, epoch)
+    rng = rng_for(seed, index.domain, ORDER, epoch)
     place_of_shard = np.argsort(rng.permutation(len(index.files)))
     window_of_clip = place_of_shard[index.shard_of] // window
     return np.lexsort((rng.permutation(len(index)), window_of_clip))
@@ -76,76 +64,61 @@ def trim_of(metadata: dict[str, Any]) -> tuple[float, float] | None:
 
 
 class TrainLoader:
-    """Batches of all domains, one after the other within each round, from `start_update` to before `updates`.
+    """This process's micro-batches, from `start_update` to before `updates`, in the order of `order`.
 
-    Update u of a domain takes positions [u B R, (u + 1) B R) of its stream (B its batch, R rounds_per_update), and
-    process `rank` of `world` takes every world-th of each batch. domain_order: `sequential` as given, `shuffled`
-    anew for every round, `random` draws each domain of a round with replacement; the same on every process.
-    A clip that cannot be decoded gives way to the next of its permutation, and Batch.skipped says so.
+    indices: of the order's domains. A clip that cannot be decoded gives way to the next of its permutation, and
+    Batch.skipped says so. per_update: micro-batches of an update.
 
-    Raises MdlError for shards without clips, a batch smaller than `world`, and, while iterating, for shards that
+    Raises MdlError for shards without clips, a batch that cannot be shared, and, while iterating, for shards that
     are damaged or hold no clip that decodes.
     """
 
     def __init__(
         self,
-        streams: Sequence[Stream],
+        indices: Sequence[ShardIndex],
+        order: Order,
         *,
         sampling: Sampling,
         transform: TrainTransform,
         seed: int,
         workers: int,
-        updates: int,
-        start_update: int = 0,
-        rank: int = 0,
-        world: int = 1,
-        domain_order: str = "sequential",
-        rounds_per_update: int = 1,
+        updates: range,
+        share: Share | None = None,
     ) -> None:
-        self.streams = list(streams)
-        for stream in self.streams:
-            _check_stream(stream, world)
-        if domain_order not in DOMAIN_ORDERS:
-            raise MdlError(
-                f"domain_order: '{domain_order}' is unknown", None, f"one of: {', '.join(DOMAIN_ORDERS)}"
-            )
-        self.batches = _Batches([_StreamReader(s.index, seed, sampling, transform) for s in self.streams])
-        self.seed = seed
-        self.updates = range(start_update, updates)
-        self.rounds = rounds_per_update
-        self.rank, self.world = rank, world
-        self.domain_order = domain_order
-        self.workers = _usable(workers, len(self.updates) * self.rounds * len(self.streams), "batches")
+        for index in indices:
+            if len(index) == 0:
+                raise MdlError(f"the shards of {index.domain} hold no clips", index.folder, "shard again")
+        self.names = [index.domain for index in indices]
+        self.order = order
+        self.share = share or Share()
+        for batch in next(order.updates(0, 1)):
+            self.share.check(len(batch), order.batches, " and ".join(rows_of(batch, self.names)))
+        self.per_update = self.share.batches(order.batches)
+        self.batches = _Batches([_StreamReader(index, seed, sampling, transform) for index in indices])
+        self.updates = updates
+        self.workers = _usable(workers, len(updates) * self.per_update, "batches")
 
     def __iter__(self) -> Iterator[Batch]:
         return _loaded(self.batches, self._requests(), self.workers)
 
-    def _requests(self) -> Iterator[tuple[int, list[int]]]:
-        """(stream number, stream positions of this process) of every batch to come."""
-        taken = self._taken_before(self.updates.start)
-        for update in self.updates:
-            for number in self._order(update):
-                first = taken[number] * self.streams[number].batch
-                taken[number] += 1
-                last = first + self.streams[number].batch
-                yield number, list(range(first + self.rank, last, self.world))
+    def _requests(self) -> Iterator[_Request]:
+        for batches in self.order.updates(self.updates.start, self.updates.stop):
+            for number, batch in enumerate(batches):
+                if not self.share.takes(number):
+                    continue
+                whole = rows_of(batch, self.names)
+                for part in range(self.share.parts):
+                    rows = [batch[row] for row in self.share.rows(len(batch), part)]
+                    yield _Request(number, rows, whole)
 
-    def _taken_before(self, update: int) -> list[int]:
-        """Batches that each stream has given before an update."""
-        if self.domain_order != "random":
-            return [update * self.rounds] * len(self.streams)
-        drawn = [number for earlier in range(update) for number in self._order(earlier)]
-        return np.bincount(np.array(drawn, dtype=np.int64), minlength=len(self.streams)).tolist()
 
-    def _order(self, update: int) -> list[int]:
-        """Stream numbers of an update's batches, round after round."""
-        count = len(self.streams)
-        if self.domain_order == "sequential":
-            return list(range(count)) * self.rounds
-        rng = _rng(self.seed, "", _DOMAINS, update)
-        if self.domain_order == "shuffled":
-            return [number for _ in range(self.rounds) for number in rng.permutation(count).tolist()]
-        return rng.integers(0, count, count * self.rounds).tolist()
+@dataclass(frozen=True)
+class _Request:
+    """Batch.number, its rows, Batch.whole."""
+
+    number: int
+    rows: list[Slot]
+    whole: dict[str, int]
 
 
 class ViewLoader:
@@ -170,15 +143,15 @@ class _StreamReader:
         self.transform = transform
         self._orders: dict[int, np.ndarray] = {}
 
-    def load(self, position: int, out_CTHW: torch.Tensor) -> tuple[int, list[tuple[str, str]]]:
-        """Write a position's frames to `out_CTHW`; returns its clip and (key, reason) of those passed over."""
-        epoch, offset = divmod(position, len(self.index))
+    def load(self, slot: Slot, out_CTHW: torch.Tensor) -> tuple[int, list[tuple[str, str]]]:
+        """Write a slot's frames to `out_CTHW`; returns its clip and (key, reason) of those passed over."""
+        epoch, offset = divmod(slot.position, len(self.index))
         order = self._order(epoch)
         skipped: list[tuple[str, str]] = []
         for step in range(len(order)):
             clip = int(order[(offset + step) % len(order)])
             try:
-                self._decode(clip, position, out_CTHW)
+                self._decode(clip, slot, out_CTHW)
                 return clip, skipped
             except VideoError as error:
                 skipped.append((self.index.keys[clip], error.reason))
@@ -195,20 +168,21 @@ class _StreamReader:
             self._orders[epoch] = epoch_order(self.index, self.seed, epoch)
         return self._orders[epoch]
 
-    def _decode(self, clip: int, position: int, out_CTHW: torch.Tensor) -> None:
+    def _decode(self, clip: int, slot: Slot, out_CTHW: torch.Tensor) -> None:
         metadata, video = self.index.clip(clip)
         picked = np.empty(0, np.int64)
 
         def choose(timeline: Timeline) -> Sequence[int]:
             nonlocal picked
             # A generator of its own: a damaged video asks twice, and gets the same draw.
-            rng = _rng(self.seed, self.index.domain, _START, position)
+            rng = rng_for(self.seed, self.index.domain, START, slot.position)
             start_s = random_start(timeline.duration_s, self.sampling.span_s(timeline), rng)
             picked = clip_indices(timeline, start_s, self.sampling, rng)
             return picked.tolist()
 
         decoded = decode(video, choose, trim=trim_of(metadata))
-        rng = _rng(self.seed, self.index.domain, _AUGMENT, position)
+        copy = (slot.copy,) if slot.copy else ()
+        rng = rng_for(self.seed, self.index.domain, AUGMENT, slot.position, *copy)
         if len(picked) == len(decoded.indices):
             self.transform(decoded.frames, rng, out_CTHW)
         else:
@@ -217,24 +191,33 @@ class _StreamReader:
 
 
 class _Batches(Dataset[Batch]):
-    """(stream number, positions) -> Batch."""
+    """_Request -> Batch."""
 
     def __init__(self, readers: Sequence[_StreamReader]) -> None:
         self.readers = readers
 
-    def __getitem__(self, request: tuple[int, list[int]]) -> Batch:
-        number, positions = request
-        reader = self.readers[number]
-        index, crop = reader.index, reader.transform.crop
-        frames = _empty((len(positions), 3, reader.sampling.num_frames, crop, crop))
-        loaded = [reader.load(position, out) for position, out in zip(positions, frames, strict=True)]
+    def __getitem__(self, request: _Request) -> Batch:
+        reader = self.readers[0]
+        crop = reader.transform.crop
+        frames = _empty((len(request.rows), 3, reader.sampling.num_frames, crop, crop))
+        labels, keys, skipped = [], [], []
+        for slot, out in zip(request.rows, frames, strict=True):
+            reader = self.readers[slot.stream]
+            clip, passed_over = reader.load(slot, out)
+            labels.append(torch.as_tensor(reader.index.labels[clip]))
+            keys.append(reader.index.keys[clip])
+            skipped += passed_over
+        domains = torch.tensor([slot.stream for slot in request.rows])
         return Batch(
-            domain=index.domain,
+            domain=next(iter(request.whole)) if len(request.whole) == 1 else None,
             frames=frames,
-            labels=torch.from_numpy(index.labels[[clip for clip, _ in loaded]]),
-            keys=[index.keys[clip] for clip, _ in loaded],
-            positions=positions,
-            skipped=[entry for _, skipped in loaded for entry in skipped],
+            labels=torch.stack(labels),
+            keys=keys,
+            positions=[slot.position for slot in request.rows],
+            skipped=skipped,
+            domain_B=domains,
+            whole=request.whole,
+            number=request.number,
         )
 
 
@@ -331,18 +314,6 @@ def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
 
 
-def _check_stream(stream: Stream, world: int) -> None:
-    index = stream.index
-    if len(index) == 0:
-        raise MdlError(f"the shards of {index.domain} hold no clips", index.folder, "shard again")
-    if stream.batch < world:
-        raise MdlError(
-            f"a batch of {stream.batch} clips of {index.domain} cannot be shared by {world} processes",
-            index.domain,
-            "raise the batch or start fewer processes",
-        )
-
-
 def _usable(workers: int, work: int, unit: str) -> int:
     """Workers that get something to do; the rest is not started."""
     if workers > work:
@@ -354,7 +325,3 @@ def _usable(workers: int, work: int, unit: str) -> int:
 def _announce_idle(idle: int, workers: int, work: int, unit: str) -> None:
     # Cached: once for a number of workers, not at every validation.
     console.say(f"{idle} of {workers} workers have nothing to read ({work} {unit}) and idle")
-
-
-def _rng(seed: int, domain: str, purpose: int, position: int) -> np.random.Generator:
-    return np.random.default_rng([seed, zlib.crc32(domain.encode()), purpose, position])

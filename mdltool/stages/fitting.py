@@ -9,7 +9,8 @@ from pathlib import Path
 
 from mdltool.artifact import Artifact
 from mdltool.data.index import ShardIndex
-from mdltool.data.loader import Stream, TrainLoader, ViewLoader
+from mdltool.data.loader import TrainLoader, ViewLoader
+from mdltool.data.order import InTurn, Share
 from mdltool.errors import MdlError
 from mdltool.evaluate.scores import score_domain, tensors_of
 from mdltool.model import ModelSpec, MultiDomainModel
@@ -139,17 +140,14 @@ def fit(
 
     def loader(start_update: int) -> Iterable[Batch]:
         return TrainLoader(
-            [Stream(data[name].train_index, spec.batch[name]) for name in recipe.domains],
+            [data[name].train_index for name in recipe.domains],
+            InTurn(clips, spec.batch, recipe.train.seed, recipe.train.domain_order, spec.rounds_per_update),
             sampling=sampling(recipe),
             transform=train_transform(recipe),
             seed=recipe.train.seed,
             workers=workers,
-            rank=world.rank,
-            world=world.size,
-            start_update=start_update,
-            updates=spec.total_updates,
-            domain_order=recipe.train.domain_order,
-            rounds_per_update=spec.rounds_per_update,
+            updates=range(start_update, spec.total_updates),
+            share=Share(world.rank, world.size),
         )
 
     def validate(trained: MultiDomainModel) -> dict[str, dict[str, float]]:

@@ -29,7 +29,8 @@ from clips import write_clip
 from mdltool.data import loader
 from mdltool.data.decode import Choose, Decoded, decode
 from mdltool.data.index import ShardIndex
-from mdltool.data.loader import Stream, TrainLoader
+from mdltool.data.loader import TrainLoader
+from mdltool.data.order import InTurn
 from mdltool.data.sampling import Sampling
 from mdltool.data.transforms import TrainTransform
 from mdltool.stages.shard import Dataset, run
@@ -61,9 +62,15 @@ def compare(index: ShardIndex, options: argparse.Namespace) -> int:
     """Print clips a second and their ratio; returns the exit code."""
 
     def load(workers: int) -> None:
-        stream = Stream(index, options.batch)
+        order = InTurn({index.domain: len(index)}, {index.domain: options.batch}, 0)
         for _ in TrainLoader(
-            [stream], sampling=SAMPLING, transform=TRANSFORM, seed=0, workers=workers, updates=options.updates
+            [index],
+            order,
+            sampling=SAMPLING,
+            transform=TRANSFORM,
+            seed=0,
+            workers=workers,
+            updates=range(options.updates),
         ):
             pass
 

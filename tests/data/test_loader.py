@@ -20,7 +20,8 @@ import torch
 
 from mdltool.data import loader as loader_module
 from mdltool.data.index import ShardIndex
-from mdltool.data.loader import ClipViews, Stream, TrainLoader, ViewLoader, epoch_order
+from mdltool.data.loader import ClipViews, TrainLoader, ViewLoader, epoch_order
+from mdltool.data.order import InTurn, Order, Share
 from mdltool.data.sampling import Sampling
 from mdltool.data.transforms import TrainTransform
 from mdltool.errors import MdlError
@@ -51,9 +52,32 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
     return ShardIndex.open(write_shards(tmp_path_factory.mktemp("broken") / "broken", videos, domain="broken"))
 
 
-def batches(indices: Sequence[ShardIndex], updates: int = 4, batch: int = 4, **options: object) -> list[Batch]:
-    options = {"seed": 0, "workers": 0, "sampling": SAMPLING, "transform": TRANSFORM} | options
-    return list(TrainLoader([Stream(index, batch) for index in indices], updates=updates, **options))  # type: ignore[arg-type]
+def batches(
+    indices: Sequence[ShardIndex],
+    updates: int = 4,
+    batch: int = 4,
+    *,
+    seed: int = 0,
+    workers: int = 0,
+    start_update: int = 0,
+    share: Share | None = None,
+    order: Order | None = None,
+    domain_order: str = "sequential",
+    rounds: int = 1,
+) -> list[Batch]:
+    clips = {index.domain: len(index) for index in indices}
+    order = order or InTurn(clips, dict.fromkeys(clips, batch), seed, domain_order, rounds)
+    loader = TrainLoader(
+        indices,
+        order,
+        sampling=SAMPLING,
+        transform=TRANSFORM,
+        seed=seed,
+        workers=workers,
+        updates=range(start_update, updates),
+        share=share,
+    )
+    return list(loader)
 
 
 def assert_same(given: Sequence[Batch], wanted: Sequence[Batch]) -> None:
@@ -83,7 +107,7 @@ def test_workers_change_nothing(indices: list[ShardIndex], workers: int) -> None
 @pytest.mark.parametrize("world", [2, 4])
 def test_processes_share_each_batch(indices: list[ShardIndex], world: int) -> None:
     whole = batches(indices, batch=6, updates=3)
-    parts = [batches(indices, batch=6, updates=3, rank=rank, world=world) for rank in range(world)]
+    parts = [batches(indices, batch=6, updates=3, share=Share(rank, world)) for rank in range(world)]
     for number, batch in enumerate(whole):
         shares = [part[number] for part in parts]
         assert all(share.domain == batch.domain for share in shares)
@@ -95,12 +119,12 @@ def test_processes_share_each_batch(indices: list[ShardIndex], world: int) -> No
 
 @pytest.mark.parametrize("order", ["sequential", "shuffled", "random"])
 def test_starting_anywhere_continues_the_undisturbed_run(indices: list[ShardIndex], order: str) -> None:
-    whole = batches(indices, updates=6, domain_order=order, rounds_per_update=2, batch=2)
+    whole = batches(indices, updates=6, domain_order=order, rounds=2, batch=2)
     for start in range(6):
-        rest = batches(indices, updates=6, domain_order=order, rounds_per_update=2, batch=2, start_update=start)
+        rest = batches(indices, updates=6, domain_order=order, rounds=2, batch=2, start_update=start)
         assert_same(rest, whole[start * 4 :])
     assert_same(
-        batches(indices, updates=6, domain_order=order, rounds_per_update=2, batch=2, start_update=5, workers=2),
+        batches(indices, updates=6, domain_order=order, rounds=2, batch=2, start_update=5, workers=2),
         whole[20:],
     )
 
@@ -155,7 +179,7 @@ def test_epoch_order_is_pure_and_stays_within_its_window(tmp_path: Path) -> None
 def test_domain_orders_are_common_to_all_processes(indices: list[ShardIndex]) -> None:
     for order in ("shuffled", "random"):
         runs = [
-            [b.domain for b in batches(indices, updates=10, batch=2, domain_order=order, rank=rank, world=2)]
+            [b.domain for b in batches(indices, updates=10, batch=2, domain_order=order, share=Share(rank, 2))]
             for rank in (0, 1)
         ]
         assert runs[0] == runs[1]
@@ -212,7 +236,7 @@ def test_impossible_requests_are_refused(indices: list[ShardIndex], tmp_path: Pa
     with pytest.raises(MdlError, match="hold no clips"):
         batches([empty])
     with pytest.raises(MdlError, match="cannot be shared by 8 processes"):
-        batches(indices, batch=4, world=8)
+        batches(indices, batch=4, share=Share(0, 8))
     with pytest.raises(MdlError, match="domain_order"):
         batches(indices, domain_order="reversed")
 
