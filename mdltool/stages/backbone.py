@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from mdltool.artifact import Artifact, begin
+from mdltool.artifact import Artifact, Draft, partial_path
 from mdltool.errors import MdlError
 from mdltool.model import MultiDomainModel, build_model
 from mdltool.model_store import backbone_with_weights, save_backbone, seeded
@@ -13,6 +13,9 @@ from mdltool.schema import Recipe
 from mdltool.stages.fitting import fit, gather_data
 from mdltool.stages.plan import model_spec
 from mdltool.stages.weights import about
+from mdltool.train.distributed import join_world
+from mdltool.train.loop import Progress
+from mdltool.train.together import begin_together, open_together
 
 
 def pretrain(
@@ -34,7 +37,9 @@ def pretrain(
     inputs = [data[domain].train.as_input("train")]
     if (val := data[domain].val) is not None:
         inputs.append(val.as_input("val"))
-    draft = begin(
+    world = join_world()
+    draft = begin_together(
+        world,
         out,
         kind="backbone",
         stage="backbone pretrain",
@@ -46,11 +51,17 @@ def pretrain(
         return draft
     seeded(recipe.train.seed)
     model = build_model(spec, backbone_with_weights(spec, None))
-    progress = fit(recipe, model, data, draft.path, own_backbone=True, workers=workers)
-    model.to("cpu")
-    _keep_head(model, domain)
+    progress = fit(recipe, model, data, partial_path(out), own_backbone=True, workers=workers)
+    if draft is not None:
+        _keep_head(model.to("cpu"), domain)
+        _commit(draft, model, domain, list(data[domain].train_index.classes), progress)
+    return open_together(world, out, "backbone")
+
+
+def _commit(draft: Draft, model: MultiDomainModel, domain: str, classes: list[str], progress: Progress) -> None:
+    spec = model.spec
     note = about(spec.backbone, model.backbone, spec.backbone_options)
-    note |= {"weights": f"pretrained on {domain}", "classes": list(data[domain].train_index.classes)}
+    note |= {"weights": f"pretrained on {domain}", "classes": classes}
     save_backbone(draft.path, model.backbone, note)
     summary = {
         "name": spec.backbone,
@@ -60,7 +71,7 @@ def pretrain(
         "seconds": round(progress.seconds, 2),
         "val": progress.last_scores,
     }
-    return draft.commit(summary, volatile=("metrics.jsonl", "tensorboard"), drop=("checkpoints", "weights"))
+    draft.commit(summary, volatile=("metrics.jsonl", "tensorboard"), drop=("checkpoints", "weights"))
 
 
 def _keep_head(model: MultiDomainModel, domain: str) -> None:

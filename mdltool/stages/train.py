@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from mdltool.artifact import Artifact, Draft, begin
+from mdltool.artifact import Artifact, Draft, partial_path
 from mdltool.files import write_text
 from mdltool.model import build_model, reuse_classifier
 from mdltool.model_store import (
@@ -23,7 +23,9 @@ from mdltool.schema import Recipe
 from mdltool.stages.fitting import DomainData, fit, gather_data
 from mdltool.stages.plan import check, model_spec
 from mdltool.train.checkpoint import save_tensors
+from mdltool.train.distributed import join_world
 from mdltool.train.loop import Progress
+from mdltool.train.together import begin_together, open_together
 
 
 def run(
@@ -44,7 +46,9 @@ def run(
     inputs = [d.train.as_input("train") for d in data.values()]
     inputs += [d.val.as_input("val") for d in data.values() if d.val is not None]
     inputs += [source.as_input("backbone")] if source is not None else []
-    draft = begin(
+    world = join_world()
+    draft = begin_together(
+        world,
         out,
         kind="model",
         stage="train",
@@ -63,13 +67,15 @@ def run(
     regimes: set[str] = {step.regime for step in recipe.train.steps}
     # Random weights have no artifact to point at, so they are stored whatever the regime.
     own_backbone = source is None or changes_backbone(regimes, spec.bn)
-    progress = fit(recipe, model, data, draft.path, own_backbone=own_backbone, workers=workers)
-    model.to("cpu")
-    save_tensors(draft.path / "weights" / "last.safetensors", stored_tensors(model, own_backbone))
-    counts = model.parameter_counts()
-    write_model_json(draft.path, spec, recipe.model_dump(mode="json"), classes, own_backbone, counts)
-    write_text(draft.path / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
-    return _commit(draft, recipe, data, progress, counts)
+    progress = fit(recipe, model, data, partial_path(out), own_backbone=own_backbone, workers=workers)
+    if draft is not None:
+        model.to("cpu")
+        save_tensors(draft.path / "weights" / "last.safetensors", stored_tensors(model, own_backbone))
+        counts = model.parameter_counts()
+        write_model_json(draft.path, spec, recipe.model_dump(mode="json"), classes, own_backbone, counts)
+        write_text(draft.path / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+        _commit(draft, recipe, data, progress, counts)
+    return open_together(world, out, "model")
 
 
 def _commit(
