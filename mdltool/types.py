@@ -10,18 +10,23 @@ if TYPE_CHECKING:
     import torch
 
 
+Label = int | tuple[int, ...] | tuple[float, ...]
+"""By task: single_label: the class's number, from 0. multi_label: the numbers of the clip's classes, increasing.
+regression: each target's value. In JSON the last two are lists."""
+
+
 @dataclass(frozen=True)
 class Clip:
     """One annotated segment of one video, as an annotation format lists it.
 
     key: unique within a domain's split; a relative path without extension and without dots.
-    video: the source file. label: index into the domain's classes, from 0.
+    video: the source file. label: as the domain's task has it, see Label.
     start_s, end_s: the segment in seconds of presentation time from the first frame; None: the whole file.
     """
 
     key: str
     video: Path
-    label: int
+    label: Label
     start_s: float | None = None
     end_s: float | None = None
 
@@ -34,14 +39,15 @@ class Clip:
 class Listing:
     """What an annotation format found: classes in label order, clips, and what it noticed.
 
-    missing: (key, reason) of listed clips whose file is not there. notes: sentences printed to the user
-    (label base, classes seen against listed, ...).
+    classes: of a regression, the names of its targets. missing: (key, reason) of listed clips whose file is not
+    there. notes: sentences printed to the user (label base, classes seen against listed, ...).
     """
 
     classes: tuple[str, ...]
     clips: tuple[Clip, ...]
     missing: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
+    task: str = "single_label"
 
 
 @dataclass(frozen=True)
@@ -110,11 +116,11 @@ class Batch:
     """Clips on their way to the model: this process's micro-batch of one whole batch.
 
     domain: of all clips; None where several are mixed. frames: uint8 [B, C, T, H, W], values 0..255, not
-    normalised. labels: int64 [B], or [B, N] of tasks with a value for every output. keys: the clips' keys.
-    positions: each clip's position in its domain's endless stream. skipped: (key, reason) of clips that could not
-    be decoded and were passed over for the next of the stream. domain_B: int64 [B], each clip's domain by its
-    number among the recipe's; None: all of `domain`. whole: domain -> clips of the whole batch, over all processes
-    and micro-batches. number: of the whole batch, in its update.
+    normalised. labels: int64 [B] of single_label; else float32 [B, N]: 0 or 1 for each class, or each target's
+    value. keys: the clips' keys. positions: each clip's position in its domain's endless stream. skipped: (key,
+    reason) of clips that could not be decoded and were passed over for the next of the stream. domain_B: int64
+    [B], each clip's domain by its number among the recipe's; None: all of `domain`. whole: domain -> clips of the
+    whole batch, over all processes and micro-batches. number: of the whole batch, in its update.
     """
 
     domain: str | None

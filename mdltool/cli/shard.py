@@ -44,7 +44,10 @@ Source = Annotated[
     list[Path] | None, typer.Argument(help="Folder of the videos; with --merge: the parts (or piped).")
 ]
 Format = Annotated[
-    str, typer.Option("--format", help="folder, csv, ucf101, hmdb51, kinetics, ssv2, mit or activitynet.")
+    str,
+    typer.Option(
+        "--format", help="folder, csv, multilabel, regression, ucf101, hmdb51, kinetics, ssv2, mit or activitynet."
+    ),
 ]
 Domain = Annotated[str, typer.Option("--domain", help="The domain's name.")]
 Split = Annotated[str, typer.Option("--split", help="train, val, test, ...")]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,16 @@ from mdltool.artifact import Artifact
 from mdltool.errors import MdlError
 
 _META = "json"
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 class ShardIndex:
     """The clips of a shards artifact, in the order of their shards. Picklable; opens files when it reads.
 
-    domain, split, task: str. classes: names in label order. files: the shards' names. keys: [M]. labels, shard_of
-    (position in files), offsets, sizes (bytes, tar headers included): int64 [M]. digest: the artifact's.
+    domain, split, task: str. classes: names in label order, or a regression's targets. files: the shards' names.
+    keys: [M]. labels: int64 [M] of single_label; float32 [M, N] of the others: 0 or 1 for each class, or each
+    target's value. shard_of (position in files), offsets, sizes (bytes, tar headers included): int64 [M].
+    digest: the artifact's.
     """
 
     def __init__(self, folder: Path, digest: str, content: dict[str, Any]) -> None:
@@ -38,10 +42,11 @@ class ShardIndex:
         members = [(i, member) for i, shard in enumerate(shards) for member in _typed(shard, "members", list)]
         self.keys = [_typed(member, "key", str) for _, member in members]
         self.shard_of = np.array([i for i, _ in members], dtype=np.int64)
-        self.labels, self.offsets, self.sizes = (
+        self.offsets, self.sizes = (
             np.array([_typed(member, name, int) for _, member in members], dtype=np.int64)
-            for name in ("label", "offset", "size")
+            for name in ("offset", "size")
         )
+        self.labels = _labels(self.task, [member for _, member in members], len(self.classes))
 
     @classmethod
     def open(cls, artifact: Artifact) -> ShardIndex:
@@ -50,13 +55,11 @@ class ShardIndex:
             raise MdlError(f"this is a {artifact.kind} artifact, not shards", artifact.path, "give shards")
         try:
             index = cls(artifact.path, artifact.digest, artifact.load_json("index.json"))
-        except (KeyError, TypeError, OverflowError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise _damaged(artifact.path, f"index.json: {error.args[0]}") from None
         for number, file in enumerate(index.files):
             own = index.shard_of == number
             index._check_range(index.offsets[own], index.sizes[own], artifact.file(file))
-        if len(index) and not (index.labels.min() >= 0 and index.labels.max() < len(index.classes)):
-            raise _damaged(artifact.path, "a label is outside the class list")
         if len(set(index.keys)) != len(index.keys):
             raise _damaged(artifact.path, "two clips have the same key")
         return index
@@ -100,6 +103,51 @@ class ShardIndex:
         length = path.stat().st_size
         if ((offsets < 0) | (offsets > length) | (sizes <= 0) | (sizes > length - offsets)).any():
             raise _damaged(path, "index.json points outside this file")
+
+
+def _labels(task: str, members: Sequence[Any], count: int) -> np.ndarray:
+    """ShardIndex.labels. count: of classes or targets. Raises KeyError, TypeError or ValueError for bad ones."""
+    if task == "single_label":
+        labels = np.array([_typed(member, "label", int) for member in members], dtype=np.int64)
+        _check_classes(labels, count)
+    elif task == "multi_label":
+        labels = np.zeros((len(members), count), np.float32)
+        for row, member in zip(labels, members, strict=True):
+            row[_class_numbers(member, count)] = 1
+    elif task == "regression":
+        labels = np.empty((len(members), count), np.float32)
+        for row, member in zip(labels, members, strict=True):
+            row[:] = _values(member, count)
+    else:
+        raise ValueError(f"there is no task '{task:.40}'")
+    return labels
+
+
+def _check_classes(labels: np.ndarray, count: int) -> None:
+    if len(labels) and not (labels.min() >= 0 and labels.max() < count):
+        raise ValueError("a label is outside the class list")
+
+
+def _class_numbers(member: Any, count: int) -> np.ndarray:
+    """int64, a clip's classes."""
+    given = _typed(member, "label", list)
+    if any(type(number) is not int for number in given):
+        raise TypeError(f"'label' is {given!r:.40}, not a list of class numbers")
+    numbers = np.array(given, dtype=np.int64)
+    _check_classes(numbers, count)
+    if not (numbers[1:] > numbers[:-1]).all():
+        raise ValueError(f"'label' is {given!r:.40}, not each class once and in order")
+    return numbers
+
+
+def _values(member: Any, count: int) -> list[float]:
+    """A clip's values, one for each target, that float32 can hold."""
+    given = _typed(member, "label", list)
+    if len(given) != count:
+        raise ValueError(f"'label' has {len(given)} values for {count} targets")
+    if not all(type(value) in (int, float) and abs(value) <= _FLOAT32_MAX for value in given):
+        raise ValueError(f"'label' is {given!r:.40}, not a list of numbers")
+    return given
 
 
 def _typed(entry: Any, name: str, kind: type) -> Any:

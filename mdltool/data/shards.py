@@ -19,7 +19,7 @@ from mdltool.data.formats.common import relative_name
 from mdltool.data.tar import ReadFault, TarWriter
 from mdltool.data.workers import Failed
 from mdltool.files import write_text
-from mdltool.types import Clip
+from mdltool.types import Clip, Label
 
 SHARD_PREFIX = "shard-"
 
@@ -57,7 +57,7 @@ class Member:
     key: str
     offset: int
     size: int
-    label: int
+    label: Label
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Unusable:
 
     key: str
     video: str
-    label: int
+    label: Label
     reason: str
 
 
@@ -94,19 +94,20 @@ class ShardRecord:
 
 @dataclass(frozen=True)
 class Naming:
-    """The names that the metadata carry. source: the folder that its video's path is relative to."""
+    """What the metadata say of all clips. source: the folder that a video's path is relative to."""
 
     domain: str
     split: str
     classes: tuple[str, ...]
     source: Path
+    task: str = "single_label"
 
     def as_index(self) -> dict[str, Any]:
         """What begins index.json."""
         return {
             "domain": self.domain,
             "split": self.split,
-            "task": "single_label",
+            "task": self.task,
             "classes": list(self.classes),
         }
 
@@ -116,9 +117,16 @@ class Naming:
             "domain": self.domain,
             "split": self.split,
             "label": clip.label,
-            "class": self.classes[clip.label],
+            **self._class_names(clip.label),
             "source": self.video(clip),
         }
+
+    def _class_names(self, label: Label) -> dict[str, Any]:
+        if isinstance(label, int):
+            return {"class": self.classes[label]}
+        if self.task == "multi_label":
+            return {"class": [self.classes[int(number)] for number in label]}
+        return {}  # a value is of no class; the index names the targets
 
     def unusable(self, clip: Clip, reason: str) -> Unusable:
         return Unusable(clip.key, self.video(clip), clip.label, reason)

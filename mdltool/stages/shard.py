@@ -101,6 +101,7 @@ def outlook(dataset: Dataset, writing: Writing) -> dict[str, Any]:
     return {
         "domain": dataset.domain,
         "split": dataset.split,
+        "task": listing.task,
         "classes": list(listing.classes),
         "clips": len(listing.clips),
         "missing": len(listing.missing),
@@ -127,7 +128,7 @@ def run(dataset: Dataset, out: Path, writing: Writing = Writing(), effort: Effor
         if isinstance(draft, Artifact):
             console.say(f"already there and identical: {out}")
             return draft
-        naming = Naming(dataset.domain, dataset.split, listing.classes, dataset.source)
+        naming = Naming(dataset.domain, dataset.split, listing.classes, dataset.source, listing.task)
         try:
             shards = _share(planned, writing.part)
             records = _Builder(draft.path, pool, naming, writing, effort, shards, len(listing.clips)).build()

@@ -110,6 +110,65 @@ def test_refuses_an_index_that_does_not_fit(shards: Artifact, fault: str) -> Non
         ShardIndex.open(rewritten(shards, change))
 
 
+def given(task: str, labels: list[Any]) -> Callable[[dict[str, Any]], None]:
+    """A change of the index: the task, and the labels of the first clips; the others get the last one's."""
+
+    def change(content: dict[str, Any]) -> None:
+        content["task"] = task
+        members = [m for shard in content["shards"] for m in shard["members"]]
+        for i, m in enumerate(members):
+            m["label"] = labels[min(i, len(labels) - 1)]
+
+    return change
+
+
+def test_labels_of_several_classes(shards: Artifact) -> None:
+    index = ShardIndex.open(rewritten(shards, given("multi_label", [[0, 2], [], [1], [0, 1, 2]])))
+    assert (index.task, index.labels.dtype) == ("multi_label", np.float32)
+    assert index.labels.tolist() == [[1, 0, 1], [0, 0, 0], [0, 1, 0], *[[1, 1, 1]] * 4]
+
+
+def test_labels_that_are_values(shards: Artifact) -> None:
+    index = ShardIndex.open(rewritten(shards, given("regression", [[0.1, -2, 3e38], [0, 0.0, 1]])))
+    assert (index.task, index.labels.dtype) == ("regression", np.float32)
+    assert np.array_equal(index.labels, np.array([[0.1, -2, 3e38], *[[0, 0, 1]] * 6], np.float32))
+
+
+@pytest.mark.parametrize("task", ["multi_label", "regression"])
+def test_no_clips_have_labels_of_the_right_width(shards: Artifact, task: str) -> None:
+    index = ShardIndex.open(rewritten(shards, lambda c: c.update(task=task, shards=[])))
+    assert index.labels.shape == (0, 3)
+
+
+LABEL_FAULTS: list[tuple[str, Any, str]] = [
+    ("multi_label", 1, "'label' is 1, not list"),
+    ("multi_label", [3], "a label is outside the class list"),
+    ("multi_label", [-1, 0], "a label is outside the class list"),
+    ("multi_label", [2**70], "too large"),
+    ("multi_label", [0, 0], "not each class once and in order"),
+    ("multi_label", [2, 1], "not each class once and in order"),
+    ("multi_label", ["0"], "not a list of class numbers"),
+    ("multi_label", [True], "not a list of class numbers"),
+    ("multi_label", [0.0], "not a list of class numbers"),
+    ("regression", 0.5, "'label' is 0.5, not list"),
+    ("regression", [0.5, 1.0], "'label' has 2 values for 3 targets"),
+    ("regression", [0.5, 1.0, float("nan")], "not a list of numbers"),
+    ("regression", [0.5, 1.0, float("inf")], "not a list of numbers"),
+    ("regression", [0.5, 1.0, 1e39], "not a list of numbers"),
+    ("regression", [0.5, 1.0, 10**400], "not a list of numbers"),
+    ("regression", [0.5, 1.0, "2"], "not a list of numbers"),
+    ("regression", [0.5, 1.0, None], "not a list of numbers"),
+    ("single_label", [0], r"'label' is \[0\], not int"),
+    ("verb_noun", 0, "there is no task 'verb_noun'"),
+]
+
+
+@pytest.mark.parametrize(("task", "label", "reason"), LABEL_FAULTS)
+def test_refuses_labels_that_do_not_fit_the_task(shards: Artifact, task: str, label: Any, reason: str) -> None:
+    with pytest.raises(MdlError, match=f"these shards are damaged: .*{reason}"):
+        ShardIndex.open(rewritten(shards, given(task, [label])))
+
+
 def test_refuses_files_elsewhere(shards: Artifact, tmp_path: Path) -> None:
     (tmp_path / "secret.tar").write_bytes(b"x" * 4096)
     artifact = rewritten(shards, lambda c: c["shards"][0].update(file="../secret.tar"))

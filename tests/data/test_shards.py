@@ -25,7 +25,7 @@ from mdltool.data.shards import (
 )
 from mdltool.data.tar import ReadFault, TarWriter
 from mdltool.data.workers import Failed
-from mdltool.types import Clip
+from mdltool.types import Clip, Label
 
 LONG = "folder/" + "x" * 180 + "/" + "y" * 120 + "é.mp4"
 
@@ -179,6 +179,25 @@ class TestShard:
         files = self.write(tmp_path, shard, bad=(clips[0].key,))
         assert list(files) == [shard.record_file]
         assert read_record(tmp_path / "out", shard) == self.record
+
+
+class TestMetadata:
+    """The JSON text of a clip, which decides the shard's bytes."""
+
+    @pytest.mark.parametrize(
+        ("task", "label", "text"),
+        [
+            ("single_label", 1, '"label": 1, "class": "b", '),
+            ("multi_label", (0, 1), '"label": [0, 1], "class": ["a", "b"], '),
+            ("multi_label", (), '"label": [], "class": [], '),
+            ("regression", (0.25, -1.0), '"label": [0.25, -1.0], '),
+        ],
+    )
+    def test_of_every_task(self, tmp_path: Path, task: str, label: Label, text: str) -> None:
+        clip = Clip("c/0", tmp_path / "0.MP4", label)
+        found = replace(naming(tmp_path), task=task).metadata(clip)
+        expected = f'{{"key": "c/0", "domain": "d", "split": "train", {text}"source": "0.MP4"}}'
+        assert json.dumps(found) == expected
 
 
 class TestRecord:

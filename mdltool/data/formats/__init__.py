@@ -7,6 +7,8 @@ FORMATS = Table(
     {
         "folder": "mdltool.data.formats.folder:read",
         "csv": "mdltool.data.formats.csv_list:read",
+        "multilabel": "mdltool.data.formats.multilabel:read",
+        "regression": "mdltool.data.formats.regression:read",
         "ucf101": "mdltool.data.formats.ucf101:read",
         "hmdb51": "mdltool.data.formats.hmdb51:read",
         "kinetics": "mdltool.data.formats.kinetics:read",

@@ -187,6 +187,7 @@ def finished(
     missing: Sequence[tuple[str, str]],
     notes: Sequence[str],
     where: Path,
+    task: str = "single_label",
 ) -> Listing:
     """The listing, checked: no key twice, at least one file there. Adds the notes that all formats print."""
     clips = tuple(clips)
@@ -202,8 +203,9 @@ def finished(
     if not clips:
         first = f", the first: {missing[0][1]}" if missing else ""
         raise MdlError(f"none of the {len(missing)} listed videos is there{first}", where, "check SOURCE")
-    seen = len({clip.label for clip in clips})
-    notes = [*notes, f"classes: {seen} seen of {len(classes)} listed", f"clips: {len(clips)}"]
+    labels = [clip.label if isinstance(clip.label, tuple) else (clip.label,) for clip in clips]
+    seen = f"classes: {len(set().union(*labels))} seen of {len(classes)} listed"
+    notes = [*notes, *([] if task == "regression" else [seen]), f"clips: {len(clips)}"]
     if missing:
         notes.append(f"missing: {len(missing)} of {len(missing) + len(clips)} listed files, e.g. {missing[0][1]}")
-    return Listing(tuple(classes), clips, tuple(missing), tuple(notes))
+    return Listing(tuple(classes), clips, tuple(missing), tuple(notes), task)

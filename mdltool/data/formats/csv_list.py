@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mdltool.data.formats.common import finished, key_of, label_of, relative_name, source_folder
-from mdltool.data.formats.table import read_rows, rows_of_split
+from mdltool.data.formats.common import finished, label_of, source_folder
+from mdltool.data.formats.table import clips_of, read_rows, rows_of_split, segment_notes
 from mdltool.errors import MdlError
-from mdltool.types import Clip, Listing
+from mdltool.types import Listing
 
 
 def read(
@@ -29,22 +29,11 @@ def read(
     rows = read_rows(annotations, ("path", "label"), "the first line must name the columns: path,label[,start,end]")
     names = tuple(classes) if classes else tuple(sorted({row["label"] for row in rows}))
     index = {name: i for i, name in enumerate(names)}
-    clips, missing = [], []
-    for row in rows_of_split(rows, split, annotations):
-        video = source / row["path"]
-        start_s, end_s = row.segment("start", "end")
-        key = key_of(relative_name(video, source), start_s, end_s)
-        label = label_of(row["label"], index, row.where)
-        if video.is_file():
-            clips.append(Clip(key, video, label, start_s, end_s))
-        else:
-            missing.append((key, f"no file {row['path']}"))
+    own = rows_of_split(rows, split, annotations)
+    clips, missing = clips_of(own, source, lambda row: label_of(row["label"], index, row.where))
     order = (
         "from --classes"
         if classes
         else "the labels of this file, sorted (give --classes where other splits are in other files)"
     )
-    notes = [f"labels: {order}"]
-    if any(clip.is_segment for clip in clips):
-        notes.append(f"segments: {sum(clip.is_segment for clip in clips)}")
-    return finished(names, clips, missing, notes, annotations)
+    return finished(names, clips, missing, [f"labels: {order}", *segment_notes(clips)], annotations)

@@ -1,0 +1,115 @@
+"""Multi-label CSV, as MPIIGroupInteraction needs it: path,labels, or a column of 0 and 1 for each class.
+
+Where wanted with start,end (seconds) and split (spec cm3t 5.2).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mdltool.data.formats.common import finished, label_of, source_folder
+from mdltool.data.formats.table import Row, clips_of, read_rows, rows_of_split, segment_notes, value_columns
+from mdltool.errors import MdlError
+from mdltool.types import Listing
+
+_COLUMNS = "the first line must name the columns: path,labels or path,<class>,<class>,... [,start,end][,split]"
+Label = Callable[[Row], tuple[int, ...]]
+
+
+def read(
+    source: Path,
+    annotations: Path | None,
+    split: str,
+    fold: int = 1,
+    classes: Sequence[str] | None = None,
+) -> Listing:
+    """List the rows of a CSV file; paths are relative to `source` or absolute.
+
+    With a column `labels`: names or numbers with ; or | between them, none for a clip of no class. The classes are
+    those of the whole file, sorted, whatever the split, or `classes`; then numbers are positions in that list.
+    Without it: a column of 0 and 1 for each class, in the file's order; `classes` chooses columns and their order.
+    Raises MdlError for what is wrong with the file, with its row.
+    """
+    source = source_folder(source)
+    if annotations is None:
+        raise MdlError("the CSV file is not given", source, "add --annotations FILE (columns: path,labels)")
+    rows = read_rows(annotations, ("path",), _COLUMNS)
+    form = _listed if "labels" in rows[0].values else _wide
+    names, label, notes = form(rows, classes, annotations)
+    clips, missing = clips_of(rows_of_split(rows, split, annotations), source, label)
+    counts = [len(clip.label) for clip in clips if isinstance(clip.label, tuple)]
+    if counts:
+        notes.append(f"labels a clip: {sum(counts) / len(counts):.2f} on average, {max(counts)} at most")
+    if 0 in counts:
+        notes.append(f"clips of no class: {counts.count(0)}")
+    return finished(names, clips, missing, [*notes, *segment_notes(clips)], annotations, "multi_label")
+
+
+def _listed(
+    rows: Sequence[Row], classes: Sequence[str] | None, path: Path
+) -> tuple[tuple[str, ...], Label, list[str]]:
+    """(classes, a row's label, notes) of the form path,labels."""
+    seen = {name for row in rows for name in _names(row)}
+    if not seen:
+        raise MdlError("no row has a label", path, "fill the column 'labels'")
+    numbers = all(name.isdecimal() for name in seen)
+    if classes is None:
+        names = tuple(sorted(seen, key=int) if numbers else sorted(seen))
+        order = "of this file, sorted (give --classes where other splits are in other files)"
+    elif numbers and not seen <= set(classes):
+        base = _base({int(name) for name in seen}, len(classes), path)
+        return tuple(classes), _numbered(base), [f"labels: numbers from {base}, names from --classes"]
+    else:
+        names, order = tuple(classes), "from --classes"
+    index = {name: i for i, name in enumerate(names)}
+
+    def label(row: Row) -> tuple[int, ...]:
+        return tuple(sorted({label_of(name, index, row.where) for name in _names(row)}))
+
+    return names, label, [f"labels: {order}"]
+
+
+def _names(row: Row) -> list[str]:
+    return [name.strip() for name in re.split("[;|]", row.values["labels"]) if name.strip()]
+
+
+def _numbered(base: int) -> Label:
+    return lambda row: tuple(sorted({int(name) - base for name in _names(row)}))
+
+
+def _base(seen: set[int], count: int, path: Path) -> int:
+    """The number of the first class, 0 or 1. Raises MdlError where the numbers fit neither or do not tell."""
+    span = f"the labels are numbers from {min(seen)} to {max(seen)}"
+    if max(seen) - min(seen) >= count or max(seen) > count:
+        raise MdlError(f"{span}, the class list has {count} names", path, "correct --classes")
+    if min(seen) > 0 and max(seen) < count:
+        raise MdlError(
+            f"{span}: with {count} classes they may count from 0 or from 1", path, "write the classes' names"
+        )
+    return 0 if min(seen) == 0 else 1
+
+
+def _wide(
+    rows: Sequence[Row], classes: Sequence[str] | None, path: Path
+) -> tuple[tuple[str, ...], Label, list[str]]:
+    """(classes, a row's label, notes) of the form with a column for each class."""
+    names = value_columns(rows[0], classes, path, _COLUMNS)
+
+    def label(row: Row) -> tuple[int, ...]:
+        return tuple(i for i, name in enumerate(names) if _is_one(row, name))
+
+    order = "from --classes" if classes else "in the file's order"
+    return names, label, [f"labels: a column of 0 and 1 for each class, {order}"]
+
+
+def _is_one(row: Row, column: str) -> bool:
+    text = row[column.lower()]
+    if text not in ("0", "1", "0.0", "1.0"):
+        raise MdlError(
+            f"'{text}' in column '{column}' is not 0 or 1",
+            row.where,
+            "write 0 or 1; where not every column is a class, name the classes with --classes",
+        )
+    return text[0] == "1"

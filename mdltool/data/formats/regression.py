@@ -1,0 +1,61 @@
+"""Regression CSV, as the OCEAN scores of UDIVA need it: path and a column of numbers for each target.
+
+Where wanted with start,end (seconds) and split (spec cm3t 5.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mdltool.data.formats.common import finished, source_folder
+from mdltool.data.formats.table import Row, clips_of, read_rows, rows_of_split, segment_notes, value_columns
+from mdltool.errors import MdlError
+from mdltool.types import Listing
+
+_COLUMNS = "the first line must name the columns: path,<target>,<target>,... [,start,end][,split]"
+_SHOWN = 8
+_LARGEST = float(np.finfo(np.float32).max)  # as which a batch carries it
+
+
+def read(
+    source: Path,
+    annotations: Path | None,
+    split: str,
+    fold: int = 1,
+    classes: Sequence[str] | None = None,
+) -> Listing:
+    """List the rows of a CSV file; paths are relative to `source` or absolute.
+
+    The targets are the other columns, in the file's order; `classes` chooses columns and their order. The values
+    stay as they are. Raises MdlError for what is wrong with the file, with its row.
+    """
+    source = source_folder(source)
+    if annotations is None:
+        raise MdlError("the CSV file is not given", source, "add --annotations FILE (columns: path,<target>,...)")
+    rows = read_rows(annotations, ("path",), _COLUMNS)
+    names = value_columns(rows[0], classes, annotations, _COLUMNS)
+    own = rows_of_split(rows, split, annotations)
+    clips, missing = clips_of(own, source, lambda row: tuple(_number(row, name) for name in names))
+    notes = [f"targets: {len(names)}, {'from --classes' if classes else 'in the order of the columns'}"]
+    for name, values in list(zip(names, np.array([clip.label for clip in clips]).T, strict=False))[:_SHOWN]:
+        spread = f"mean {values.mean():.3g}, variance {values.var():.3g}"
+        notes.append(f"{name}: {values.min():.3g} to {values.max():.3g}, {spread}")
+    return finished(names, clips, missing, [*notes, *segment_notes(clips)], annotations, "regression")
+
+
+def _number(row: Row, column: str) -> float:
+    text = row[column.lower()]
+    try:
+        value = float(text)
+    except ValueError:
+        value = np.nan
+    if not abs(value) <= _LARGEST:
+        raise MdlError(
+            f"'{text}' in column '{column}' is not a number",
+            row.where,
+            "write e.g. -0.31; where not every column is a target, name the targets with --classes",
+        )
+    return value
