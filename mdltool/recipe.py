@@ -184,7 +184,8 @@ def _cross_faults(recipe: Recipe) -> list[str]:
         unknown = [d for d in recipe.data.batch if d not in recipe.domains]
         faults += [f"data.batch.{d}: missing; each domain needs its batch" for d in missing]
         faults += [f"data.batch.{d}: no such domain; {did_you_mean(d, recipe.domains)}" for d in unknown]
-    if recipe.data.augment.short_side[0] < recipe.data.crop:
+    augment = recipe.data.augment
+    if augment.crop == "short_side" and augment.short_side and augment.short_side[0] < recipe.data.crop:
         faults.append(f"data.augment.short_side: its lower bound is below data.crop ({recipe.data.crop})")
     for key, side in (("views", recipe.views.short_side), ("val", recipe.val.short_side)):
         if side is not None and side < recipe.data.crop:

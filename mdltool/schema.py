@@ -11,6 +11,7 @@ from mdltool.errors import MdlError
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Above = Annotated[float, Field(gt=0)]
 Grid = Annotated[str, Field(pattern=r"^[1-9]\d*x[13]$")]
 
 
@@ -156,18 +157,69 @@ class SamplingPart(Part):
         return self
 
 
+class RandAugmentPart(Part):
+    """ops operations in turn, each done with `probability`, at a magnitude 0..10 of mean and deviation given."""
+
+    ops: Positive = 4
+    magnitude: Annotated[float, Field(ge=0, le=10)] = 7.0
+    std: Annotated[float, Field(ge=0)] = 0.5
+    probability: Fraction = 0.5
+
+
+class ErasePart(Part):
+    """One box in `probability` of the clips. mode: noise, the mean grey, or black."""
+
+    probability: Fraction = 0.25
+    mode: Literal["pixel", "mean", "constant"] = "pixel"
+
+
 class Augment(Part):
-    """short_side: the jitter's bounds in pixels, inclusive. flip: probability; 0 where left and right differ."""
+    """One draw per clip (spec multitrain 3, 5.3); what is null, 0 or 1 by default is off.
 
-    short_side: tuple[Positive, Positive]
+    short_side: bounds in pixels of the shorter side, inclusive; `crop: resized` takes a window of `area` (share of
+    the picture) and `aspect` (width / height) instead and does not read it. flip: probability; 0 where left and
+    right differ. mixup, cutmix: alpha. mix_probability: of mixing a batch. switch_probability: of cutmix, where
+    both are on. mix_scope: what a partner of another domain counts for. smooth_classes: one class count for the
+    smoothing of every domain, as the release has it. repeat: differently augmented copies of each clip in a batch.
+    """
+
+    crop: Literal["short_side", "resized"] = "short_side"
+    short_side: tuple[Positive, Positive] | None = None
+    area: tuple[Above, Above] = (0.08, 1.0)
+    aspect: tuple[Above, Above] = (3 / 4, 4 / 3)
     flip: Fraction = 0.5
+    rand_augment: RandAugmentPart | None = None
+    erase: ErasePart | None = None
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+    cutmix: Annotated[float, Field(ge=0)] = 0.0
+    mix_probability: Fraction = 1.0
+    switch_probability: Fraction = 0.5
+    mix_scope: Literal["masked", "both", "same"] = "masked"
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    smooth_classes: Positive | None = None
+    repeat: Positive = 1
 
-    @field_validator("short_side")
+    @field_validator("short_side", "area", "aspect")
     @classmethod
-    def _ordered(cls, value: tuple[int, int]) -> tuple[int, int]:
-        if value[0] > value[1]:
+    def _ordered(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and value[0] > value[1]:
             raise ValueError("the lower bound is above the upper one")
         return value
+
+    @field_validator("area")
+    @classmethod
+    def _share(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if value[1] > 1:
+            raise ValueError("a share of the picture is 1 at most")
+        return value
+
+    @model_validator(mode="after")
+    def _complete(self) -> Augment:
+        if self.crop == "short_side" and self.short_side is None:
+            raise ValueError("give short_side: [lo, hi] in pixels, or crop: resized")
+        if self.smooth_classes is not None and not self.smoothing:
+            raise ValueError("smooth_classes says how to smooth, but smoothing is 0")
+        return self
 
 
 class Data(Part):

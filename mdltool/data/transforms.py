@@ -6,6 +6,7 @@ until they are on the device.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mdltool.data.augment import EraseSpec, RandAugmentSpec, Span, erase, rand_augment, random_window
 from mdltool.errors import MdlError
 
 AXES = ("horizontal", "long_side")
@@ -30,26 +32,39 @@ def resized(frames_UCHW: Tensor, short_side: int) -> Tensor:
 
     Frames that are channels last in memory take half the time and stay so.
     """
-    height, width = frames_UCHW.shape[-2:]
-    size = scaled(height, width, short_side)
-    if size == (height, width):
+    return _scaled_to(frames_UCHW, scaled(frames_UCHW.shape[-2], frames_UCHW.shape[-1], short_side))
+
+
+def _scaled_to(frames_UCHW: Tensor, size: tuple[int, int]) -> Tensor:
+    if size == tuple(frames_UCHW.shape[-2:]):
         return frames_UCHW
     return functional.interpolate(frames_UCHW, size=size, mode="bilinear", align_corners=False)
 
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """Short-side jitter, uniform over the integers lo..hi, random crop, horizontal flip with probability `flip`.
+    """A crop, a horizontal flip with probability `flip`, RandAugment, and a box erased; in this order.
 
-    Raises MdlError when the crop does not fit into the smallest side.
+    The crop is either a random window of frames whose shorter side is drawn uniformly from the integers lo..hi of
+    `short_side`; or, with `area` (share of the picture) in its place, a random window of that area and `aspect`
+    (width / height), scaled to crop x crop (spec multitrain 3). Both scale bilinearly without antialias.
+
+    Raises MdlError when both or neither of short_side and area are given, and when the crop does not fit into the
+    smallest side.
     """
 
-    short_side: tuple[int, int]
+    short_side: tuple[int, int] | None
     crop: int
     flip: float
+    area: Span | None = None
+    aspect: Span = (3 / 4, 4 / 3)
+    rand_augment: RandAugmentSpec | None = None
+    erase: EraseSpec | None = None
 
     def __post_init__(self) -> None:
-        low, high = self.short_side
+        if (self.short_side is None) == (self.area is None):
+            raise MdlError("a crop needs either short_side or area", None, "leave one of them None")
+        low, high = self.short_side or (self.crop, self.crop)
         if not 0 < self.crop <= low <= high:
             raise MdlError(
                 f"crops of {self.crop} pixels do not fit a shorter side of {low} to {high}",
@@ -59,10 +74,7 @@ class TrainTransform:
 
     def __call__(self, frames_TCHW: Tensor, rng: np.random.Generator, out_CTHW: Tensor | None = None) -> Tensor:
         """uint8 [T, C, H, W] -> uint8 [C, T, crop, crop], in `out_CTHW` if given; the same draw for every frame."""
-        side = int(rng.integers(self.short_side[0], self.short_side[1] + 1))
-        height, width = scaled(frames_TCHW.shape[2], frames_TCHW.shape[3], side)
-        y = int(rng.integers(0, height - self.crop + 1))
-        x = int(rng.integers(0, width - self.crop + 1))
+        cut = self._cut(frames_TCHW.shape[2], frames_TCHW.shape[3], rng)
         step = -1 if rng.random() < self.flip else 1
         if out_CTHW is None:
             out_CTHW = torch.empty(
@@ -71,9 +83,30 @@ class TrainTransform:
         clip_CTHW = out_CTHW.numpy()
         # One by one: a scaled frame is still in the processor's cache when it is cropped.
         for t in range(len(frames_TCHW)):
-            frame_CHW = resized(frames_TCHW[t : t + 1], side)[0].numpy()
-            clip_CTHW[:, t] = frame_CHW[:, y : y + self.crop, x : x + self.crop][..., ::step]
+            clip_CTHW[:, t] = cut(frames_TCHW[t : t + 1])[..., ::step]
+        if self.rand_augment is not None:
+            rand_augment(out_CTHW, self.rand_augment, rng)
+        if self.erase is not None:
+            erase(out_CTHW, self.erase, rng)
         return out_CTHW
+
+    def _cut(self, height: int, width: int, rng: np.random.Generator) -> Callable[[Tensor], np.ndarray]:
+        """What takes the crop [C, crop, crop] out of a frame [1, C, height, width]; drawn once."""
+        crop = self.crop
+        if self.short_side is None:
+            assert self.area is not None
+            top, left, rows, columns = random_window(height, width, self.area, self.aspect, rng)
+
+            def window(frame_1CHW: Tensor) -> np.ndarray:
+                part_1CHW = frame_1CHW[..., top : top + rows, left : left + columns]
+                return _scaled_to(part_1CHW, (crop, crop))[0].numpy()
+
+            return window
+        side = int(rng.integers(self.short_side[0], self.short_side[1] + 1))
+        height, width = scaled(height, width, side)
+        y = int(rng.integers(0, height - crop + 1))
+        x = int(rng.integers(0, width - crop + 1))
+        return lambda frame_1CHW: resized(frame_1CHW, side)[0].numpy()[:, y : y + crop, x : x + crop]
 
 
 def crop_corners(

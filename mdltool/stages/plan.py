@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mdltool.data.augment import EraseSpec, RandAugmentSpec
 from mdltool.data.sampling import Sampling
 from mdltool.data.transforms import TrainTransform
 from mdltool.errors import MdlError
@@ -52,8 +53,19 @@ def sampling(recipe: Recipe) -> Sampling:
 
 
 def train_transform(recipe: Recipe) -> TrainTransform:
-    """The training augmentation."""
-    return TrainTransform(recipe.data.augment.short_side, recipe.data.crop, recipe.data.augment.flip)
+    """The augmentation of single clips; mixing, smoothing and repetition are the training's."""
+    part = recipe.data.augment
+    resized = part.crop == "resized"
+    ops, box = part.rand_augment, part.erase
+    return TrainTransform(
+        short_side=None if resized else part.short_side,
+        crop=recipe.data.crop,
+        flip=part.flip,
+        area=part.area if resized else None,
+        aspect=part.aspect,
+        rand_augment=RandAugmentSpec(ops.ops, ops.magnitude, ops.std, ops.probability) if ops else None,
+        erase=EraseSpec(box.probability, box.mode) if box else None,
+    )
 
 
 def eval_views(recipe: Recipe, grid: str | None = None) -> ViewSpec:
