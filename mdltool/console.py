@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,9 +25,15 @@ def _stderr() -> Console:
     return Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
 
 
+def _is_first() -> bool:
+    """Of several processes the first speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def say(message: str) -> None:
     """One line for the user, on stderr."""
-    print(message, file=sys.stderr, flush=True)
+    if _is_first():
+        print(message, file=sys.stderr, flush=True)
 
 
 def warn(message: str) -> None:
@@ -85,7 +92,9 @@ def progress(label: str, total: int | None, unit: str = "clips") -> Iterator[Cal
 
     Yields `advance(n=1, note="")`.
     """
-    if sys.stderr.isatty():
+    if not _is_first():
+        yield lambda n=1, note="": None
+    elif sys.stderr.isatty():
         with _rich_progress(label, total, unit) as advance:
             yield advance
     else:

@@ -30,3 +30,7 @@ class MdlError(Exception):
 
 class Stopped(Exception):
     """A signal asked the run to stop and its checkpoint is written; the command line exits with 75."""
+
+
+class Elsewhere(MdlError):
+    """Another process has failed and says why; this one ends with it, silently."""

@@ -21,6 +21,8 @@ from mdltool.backbones import BACKBONES
 from mdltool.backbones.base import Backbone, some
 from mdltool.convolution import pad_short_inputs
 from mdltool.errors import MdlError
+from mdltool.heads import MlpHead
+from mdltool.recompute import recompute
 from mdltool.registry import did_you_mean
 from mdltool.types import Place, Site
 from mdltool.wrapping import DomainWrapper, library_modules, library_tensors
@@ -57,6 +59,9 @@ class ModelSpec:
     dropout: float = 0.5
     head_init: str = "default"
     head_std: float = 0.01
+    head: str = "linear"
+    head_hidden: int = 2048
+    logit_dropout: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -89,13 +94,9 @@ class MultiDomainModel(nn.Module):
                 # State is stored by site; a second adapter at a site adds its type.
                 self.sites[name if name not in self.sites else f"{name}+{entry.type}"] = wrapper
         pad_short_inputs(self)
-        self.dropout = nn.Dropout(spec.dropout)
-        heads = {d: nn.Linear(backbone.feature_dim, outputs) for d, outputs in spec.domains.items()}
-        self.heads = nn.ModuleDict(heads)
-        if spec.head_init == "normal":
-            for head in heads.values():
-                nn.init.normal_(head.weight, std=spec.head_std)
-                nn.init.zeros_(head.bias)
+        # A head of two layers has its dropout between them.
+        self.dropout = nn.Dropout(spec.dropout if spec.head == "linear" else 0.0)
+        self.heads = nn.ModuleDict({d: _head(spec, backbone.feature_dim, n) for d, n in spec.domains.items()})
         mean, std = torch.tensor(backbone.mean), torch.tensor(backbone.std)
         self.register_buffer("mean", mean.view(1, 3, 1, 1, 1), persistent=False)
         self.register_buffer("std", std.view(1, 3, 1, 1, 1), persistent=False)
@@ -106,12 +107,19 @@ class MultiDomainModel(nn.Module):
         """Logits [B, N] of clips of one domain: uint8 frames, or floats that are normalised already."""
         if domain not in self.heads:
             raise MdlError(f"the model has no domain '{domain}'", "domain", did_you_mean(domain, self.spec.domains))
+        return self.logits(self.features(frames_BCTHW, domain), domain)
+
+    def features(self, frames_BCTHW: Tensor, domain: str | None) -> Tensor:
+        """[B, P, F] of clips; domain None: of several domains, for a model that all of it is shared by."""
         self.route.domain = domain
         if frames_BCTHW.dtype == torch.uint8:
             frames_BCTHW = (frames_BCTHW.to(self.mean.dtype) / 255 - self.mean) / self.std
-        features_BPF = self.backbone(frames_BCTHW)
-        # Several positions are left only under a fixed pool: the logits are averaged over them.
-        logits_BPN = self.heads[domain](self.dropout(features_BPF))
+        features_BPF: Tensor = self.backbone(frames_BCTHW)
+        return features_BPF
+
+    def logits(self, features_BPF: Tensor, domain: str) -> Tensor:
+        """[B, N] of one domain's head. Several positions are left only under a fixed pool: logits are averaged."""
+        logits_BPN: Tensor = self.heads[domain](self.dropout(features_BPF))
         return logits_BPN.mean(dim=1)
 
     def train(self, mode: bool = True) -> MultiDomainModel:
@@ -128,6 +136,13 @@ class MultiDomainModel(nn.Module):
             if parameter.ndim in formats:
                 parameter.data = parameter.data.contiguous(memory_format=formats[parameter.ndim])
         return self
+
+    def checkpoint_activations(self) -> None:
+        """Keep the inputs alone of the backbone's stages or blocks, and run them again in the backward pass."""
+        paths = [place.path for place in self.backbone.places().values() if place.kind in ("stage", "block")]
+        # Of places inside each other the outer one: a block's places are inside it.
+        outer = [p for p in dict.fromkeys(paths) if not any(p.startswith(f"{other}.") for other in paths)]
+        recompute(self.backbone.net, outer, self.route)
 
     def apply_regime(self, regime: str, bn: str | None = None, only: str | None = None) -> None:
         """Set requires_grad and the BatchNorm mode of every part (spec omi_mdl 2.7).
@@ -238,6 +253,19 @@ class MultiDomainModel(nn.Module):
         }
 
 
+def _head(spec: ModelSpec, features: int, outputs: int) -> nn.Module:
+    if spec.head == "mlp":
+        head: nn.Module = MlpHead(features, outputs, spec.head_hidden, spec.dropout, spec.logit_dropout)
+    else:
+        head = nn.Linear(features, outputs)
+    if spec.head_init == "normal":
+        for layer in head.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=spec.head_std)
+                nn.init.zeros_(layer.bias)
+    return head
+
+
 def _method_of(entry: AdapterSpec) -> tuple[type[AnyAdapter], AdapterOptions]:
     method = ADAPTERS.load(entry.type, "adapters.type")
     return method, parse_options(method.Options, entry.options, f"adapters ({entry.type})")
@@ -272,6 +300,8 @@ def reuse_classifier(model: MultiDomainModel, classes: Mapping[str, list[str]], 
     reused = []
     for domain, names in classes.items():
         head = model.heads[domain]
+        if not isinstance(head, nn.Linear):
+            continue
         if list(names) == list(pretrained) and tensors.get("weight", torch.empty(0)).shape == head.weight.shape:
             head.load_state_dict(tensors)
             reused.append(domain)

@@ -29,8 +29,6 @@ ALIASES = {
     "mst_clip_b16_k400": "mst_k400_b16_8",
     "residual_decathlon": "residual_parallel",
 }
-# Whose labels `shard` writes; the other tasks have their losses and metrics, and no data yet.
-SHARD_TASKS = ("single_label",)
 
 
 def recipe_dirs() -> list[Path]:
@@ -149,8 +147,6 @@ def _part_faults(content: dict[str, Any]) -> list[str]:
         task = domain.get("task", "single_label") if isinstance(domain, dict) else None
         if isinstance(task, str) and task not in TASKS:
             faults.append(f"domains.{name}.task: there is no task '{task}'; {did_you_mean(task, TASKS)}")
-        elif isinstance(task, str) and task not in SHARD_TASKS:
-            faults.append(f"domains.{name}.task: no shards carry labels for '{task}' yet; one of: {SHARD_TASKS}")
     return faults
 
 
@@ -193,6 +189,43 @@ def _cross_faults(recipe: Recipe) -> list[str]:
     trains = {step.regime for step in recipe.train.steps}
     if trains == {"adapters"} and not recipe.adapters:
         faults.append("train.steps: regime 'adapters' without adapters trains nothing")
+    return faults + _training_faults(recipe)
+
+
+def _training_faults(recipe: Recipe) -> list[str]:
+    """What the way of training does not go with."""
+    faults, losses, train = [], recipe.losses, recipe.train
+    multitrain = any(part is not None for part in (losses.inf, losses.proj, losses.weights))
+    if train.batches == "mixed":
+        if recipe.adapters:
+            faults.append("train.batches: mixed batches share every layer; leave out the adapters, or: in_turn")
+        if train.bn in ("per_domain", "per_domain_stats", "recalibrate"):
+            faults.append(f"train.bn: '{train.bn}' tells domains apart, which mixed batches do not")
+        if isinstance(recipe.data.batch, dict):
+            faults.append("data.batch: mixed batches have one number of clips, of all domains together")
+        if train.rounds_per_update > 1:
+            faults.append("train.rounds_per_update: a mixed batch is an update; raise data.batch")
+    if multitrain or train.batches == "mixed":
+        tasks = {d.task for d in recipe.domains.values()} - {"single_label"}
+        if tasks:
+            faults.append(f"losses: mixed batches, inf, proj and weights are for single_label, not {tasks.pop()}")
+        if train.split == "batches":
+            faults.append("train.split: 'batches' wants each domain's own loss, in batches in turn")
+        if losses.reduction != "mean" or losses.domain_average:
+            faults.append("losses.reduction, domain_average: these are of batches in turn; see losses.norm")
+    if multitrain and train.batches == "in_turn" and recipe.data.augment.mix_scope == "both":
+        faults.append("data.augment.mix_scope: 'both' wants mixed batches")
+    if recipe.data.proportions is not None:
+        if train.batches == "in_turn" and train.domain_order != "random":
+            faults.append("data.proportions: these are for mixed batches and for train.domain_order: random")
+        for key, named in (
+            ("weights", recipe.data.proportions.weights),
+            ("replicas", recipe.data.proportions.replicas),
+        ):
+            for name in named:
+                if name not in recipe.domains:
+                    hint = did_you_mean(name, recipe.domains)
+                    faults.append(f"data.proportions.{key}.{name}: no such domain; {hint}")
     return faults
 
 

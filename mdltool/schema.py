@@ -61,11 +61,14 @@ class BackbonePart(OpenPart):
 
 
 class DomainPart(Part):
-    """classes: how many; needed by `describe`, otherwise read from the shards and checked against them."""
+    """classes: how many; needed by `describe`, otherwise read from the shards and checked against them. weight: of
+    the domain's loss. weight_decay: of its own parameters, where it is not the optimizer's.
+    """
 
     task: str = "single_label"
     classes: Positive | None = None
     weight: Annotated[float, Field(ge=0)] = 1.0
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
 
 
 class AdapterPart(OpenPart):
@@ -74,15 +77,59 @@ class AdapterPart(OpenPart):
 
 
 class Heads(Part):
+    """type: one linear layer, or `mlp`, two with `hidden` between them (spec multitrain 2.2)."""
+
+    type: Literal["linear", "mlp"] = "linear"
+    hidden: Positive = 2048
+    logit_dropout: bool = False
     dropout: Fraction = 0.5
     init: Literal["default", "normal"] = "default"
     std: Annotated[float, Field(gt=0)] = 0.01
     reuse_pretrained: bool = False
 
 
+class InformativePart(Part):
+    """Variance and covariance of expanded embeddings (spec multitrain 2.4). accum: over all of an update's clips,
+    or of each micro-batch for itself.
+    """
+
+    lambda_v: Annotated[float, Field(ge=0)] = 1.0
+    lambda_c: Annotated[float, Field(ge=0)] = 1.0
+    eps: Annotated[float, Field(gt=0)] = 1e-4
+    expander_hidden: Positive = 2048
+    learned: bool = False
+    accum: Literal["exact", "local"] = "exact"
+
+
+class ProjectionPart(Part):
+    """Maps between the domains' logits (spec multitrain 2.3)."""
+
+    mode: Literal["add", "branch"] = "add"
+    weight: Annotated[float, Field(ge=0)] = 1.0
+    input: Literal["logits", "softmax"] = "logits"
+    init: Literal["trunc_normal", "zero", "names"] = "trunc_normal"
+    freeze: bool = False
+
+
+class LossWeights(Part):
+    """Of the domains' losses: learned, or fixed (spec multitrain 2.5)."""
+
+    mode: Literal["uncertainty", "fixed"] = "uncertainty"
+    half: bool = True
+    sigma_init: Literal["one", "uniform"] = "one"
+
+
 class Losses(Part):
+    """inf, proj, weights: MultiTrain's, each left out unless named; weights left out are the domains' `weight`.
+    norm: what a domain's sum is divided by, the batch's clips or its own.
+    """
+
     reduction: Literal["mean", "sum"] = "mean"
     domain_average: bool = False
+    norm: Literal["batch", "dataset"] = "batch"
+    inf: InformativePart | None = None
+    proj: ProjectionPart | None = None
+    weights: LossWeights | None = None
 
 
 class Optimizer(Part):
@@ -127,7 +174,11 @@ class Step(Part):
 
 
 class Train(Part):
-    """bn: None takes the regime's default (frozen for a frozen backbone, else shared)."""
+    """bn: None takes the regime's default (frozen for a frozen backbone, else shared). sync_bn: statistics over all
+    processes. batches: one domain each, or clips of all mixed. split: how processes share an update, rows of each
+    batch or whole batches. accumulate: micro-batches of a batch. ema: decay of averaged weights, 0 for none.
+    log_clips: the keys of every update's clips go to clips-RANK.jsonl.
+    """
 
     steps: Annotated[list[Step], Field(min_length=1)]
     bn: Literal["frozen", "shared", "per_domain_stats", "per_domain", "recalibrate"] | None = None
@@ -137,7 +188,16 @@ class Train(Part):
     seed: Annotated[int, Field(ge=0)] = 0
     domain_order: Literal["sequential", "shuffled", "random"] = "sequential"
     rounds_per_update: Positive = 1
+    batches: Literal["in_turn", "mixed"] = "in_turn"
+    split: Literal["rows", "batches"] = "rows"
+    accumulate: Positive = 1
+    sync_bn: bool = False
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    compile: bool = False
+    checkpoint_activations: bool = False
     checkpoint_every: Positive = 1000
+    keep_checkpoints: Positive = 2
+    log_clips: bool = False
 
 
 class SamplingPart(Part):
@@ -222,14 +282,26 @@ class Augment(Part):
         return self
 
 
+class ProportionsPart(Part):
+    """How often each domain is drawn, for mixed batches and for `domain_order: random` (data.order.Proportions)."""
+
+    mode: Literal["proportional", "uniform", "temperature", "weighted"] = "proportional"
+    temperature: Annotated[float, Field(gt=0)] = 2.0
+    weights: dict[str, Annotated[float, Field(gt=0)]] = {}
+    replicas: dict[str, Positive] = {}
+
+
 class Data(Part):
-    """frames and crop: the clip's shape. batch: clips per domain and update, one number or one per domain."""
+    """frames and crop: the clip's shape. batch: clips per batch, one number or one per domain; of mixed batches,
+    one number for all domains together.
+    """
 
     frames: Positive
     crop: Positive
     sampling: SamplingPart
     augment: Augment
     batch: Positive | dict[str, Positive]
+    proportions: ProportionsPart | None = None
 
 
 class Validation(Part):

@@ -120,7 +120,8 @@ class Batch:
     value. keys: the clips' keys. positions: each clip's position in its domain's endless stream. skipped: (key,
     reason) of clips that could not be decoded and were passed over for the next of the stream. domain_B: int64
     [B], each clip's domain by its number among the recipe's; None: all of `domain`. whole: domain -> clips of the
-    whole batch, over all processes and micro-batches. number: of the whole batch, in its update.
+    whole batch, over all processes and micro-batches. number: of the whole batch, in its update. partner_B: int64
+    [B], whom each clip is mixed with, where clips are mixed.
     """
 
     domain: str | None
@@ -132,3 +133,4 @@ class Batch:
     domain_B: torch.Tensor | None = None
     whole: dict[str, int] = field(default_factory=dict)
     number: int = 0
+    partner_B: torch.Tensor | None = None

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from mdltool.sync_norm import Reduce, batch_norm
 from mdltool.wrapping import DomainWrapper, Route, library_modules, replace
 
 BatchNorm = nn.BatchNorm2d | nn.BatchNorm3d
@@ -48,6 +49,7 @@ class DomainBatchNorm(DomainWrapper):
         super().__init__(inner, route)
         self.use_shared = False
         self.recalibrating = False
+        self.reduce: Reduce | None = None  # set by sync_norm.synchronise
         self.statistics = nn.ModuleDict({domain: DomainStatistics(inner, affine) for domain in domains})
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,16 +63,12 @@ class DomainBatchNorm(DomainWrapper):
             own.num_batches_tracked += 1
             if self.recalibrating:
                 momentum = 1 / float(own.num_batches_tracked)
-        return torch.nn.functional.batch_norm(
-            x,
-            own.running_mean,
-            own.running_var,
-            self.inner.weight if own.weight is None else own.weight,
-            self.inner.bias if own.bias is None else own.bias,
-            self.training,
-            momentum,
-            self.inner.eps,
-        )
+        weight = self.inner.weight if own.weight is None else own.weight
+        bias = self.inner.bias if own.bias is None else own.bias
+        mean, var, eps = own.running_mean, own.running_var, self.inner.eps
+        if self.training and self.reduce is not None:
+            return batch_norm(x, mean, var, weight, bias, momentum, eps, self.reduce)
+        return torch.nn.functional.batch_norm(x, mean, var, weight, bias, self.training, momentum, eps)
 
     def reset_statistics(self) -> None:
         """Forget every domain's statistics."""

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from mdltool import __version__
-from mdltool.errors import MdlError, Stopped
+from mdltool.errors import Elsewhere, MdlError, Stopped
 
 # The order of the help. Each module offers `register(app)`; none imports anything heavy at its top.
 COMMANDS = (
@@ -75,6 +75,8 @@ def main() -> None:
     except MdlError as error:
         if debug:
             raise
+        if isinstance(error, Elsewhere):
+            sys.exit(1)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except Stopped as stopped:

@@ -108,16 +108,17 @@ class TrainLoader:
                     continue
                 whole = rows_of(batch, self.names)
                 for part in range(self.share.parts):
-                    rows = [batch[row] for row in self.share.rows(len(batch), part)]
-                    yield _Request(number, rows, whole)
+                    rows, partners = self.share.rows(batch, part)
+                    yield _Request(number, [batch[row] for row in rows], partners, whole)
 
 
 @dataclass(frozen=True)
 class _Request:
-    """Batch.number, its rows, Batch.whole."""
+    """Batch.number, its rows and their partners among them, Batch.whole."""
 
     number: int
     rows: list[Slot]
+    partners: list[int] | None
     whole: dict[str, int]
 
 
@@ -217,6 +218,7 @@ class _Batches(Dataset[Batch]):
             skipped=skipped,
             domain_B=domains,
             whole=request.whole,
+            partner_B=None if request.partners is None else torch.tensor(request.partners),
             number=request.number,
         )
 

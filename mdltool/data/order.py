@@ -67,25 +67,32 @@ class Proportions:
 class Share:
     """What process `rank` of `world` reads of each whole batch, in `parts` micro-batches.
 
-    paired: row b and the row mirrored to it, count - 1 - b, stay together, since mixing blends them. by: `rows`
-    splits each batch, `batches` gives whole batches of an update to the processes in turn.
+    pairing: partners, which mixing blends, stay together: `mirrored` rows b and count - 1 - b of a batch, or
+    `within`, mirrored among the rows of each stream. by: `rows` splits each batch, `batches` gives whole batches of
+    an update to the processes in turn.
     """
 
     rank: int = 0
     world: int = 1
     parts: int = 1
-    paired: bool = False
+    pairing: str | None = None
     by: str = "rows"
 
-    def rows(self, count: int, part: int) -> list[int]:
-        """The rows of a batch of `count` that this process's micro-batch takes; mirrored ones mirror each other."""
+    def rows(self, batch: Sequence[Slot], part: int) -> tuple[list[int], list[int] | None]:
+        """(rows of a whole batch that this process's micro-batch takes, for each of them its partner's place).
+
+        Without pairing there are no partners.
+        """
         cells, cell = self.parts, part
         if self.by == "rows":
             cells, cell = self.parts * self.world, part * self.world + self.rank
-        if not self.paired:
-            return list(range(cell, count, cells))
-        half = list(range(cell, (count + 1) // 2, cells))
-        return half + [count - 1 - row for row in reversed(half) if count - 1 - row != row]
+        if self.pairing is None:
+            return list(range(cell, len(batch), cells)), None
+        partner = _partners(batch, self.pairing)
+        firsts = [row for row in range(len(batch)) if row <= partner[row]][cell::cells]
+        rows = firsts + [partner[row] for row in firsts if partner[row] != row]
+        place = {row: number for number, row in enumerate(rows)}
+        return rows, [place[partner[row]] for row in rows]
 
     def takes(self, batch: int) -> bool:
         """Whether this process reads anything of an update's batch of that number."""
@@ -98,7 +105,7 @@ class Share:
     def check(self, rows: int, whole: int, where: str) -> None:
         """Raise MdlError where a process would get nothing: every one takes the same number of steps."""
         cells = self.parts * (self.world if self.by == "rows" else 1)
-        if ((rows + 1) // 2 if self.paired else rows) < cells:
+        if (rows if self.pairing is None else (rows + 1) // 2) < cells:
             raise MdlError(
                 f"a batch of {rows} clips of {where} cannot be shared by {self.world} processes"
                 + (f" in {self.parts} parts" if self.parts > 1 else ""),
@@ -232,6 +239,18 @@ class Mixed(Order):
         for stream, draws in enumerate(self.draws):
             occurrences[streams == stream] = np.arange(draws)
         return streams, occurrences
+
+
+def _partners(batch: Sequence[Slot], pairing: str) -> list[int]:
+    """Each row's partner (spec multitrain 5.3)."""
+    if pairing == "mirrored":
+        return list(range(len(batch)))[::-1]
+    partner = [0] * len(batch)
+    for stream in {slot.stream for slot in batch}:
+        own = [row for row, slot in enumerate(batch) if slot.stream == stream]
+        for row, other in zip(own, reversed(own), strict=True):
+            partner[row] = other
+    return partner
 
 
 def rows_of(batch: Sequence[Slot], names: Sequence[str]) -> dict[str, int]:

@@ -102,6 +102,7 @@ class MultitrainLoss(nn.Module):
         _check(spec, domains)
         self.spec = spec
         self.domains = tuple(domains)
+        self.classes = dict(domains)
         informative = spec.lambda_v != 0 or spec.lambda_c != 0
         self.expander = Expander(features, spec.expander_hidden) if informative else None
         self.projections = Projections(

@@ -14,7 +14,7 @@ from mdltool.stages.fitting import fit, gather_data
 from mdltool.stages.plan import model_spec
 from mdltool.stages.weights import about
 from mdltool.train.distributed import join_world
-from mdltool.train.loop import Progress
+from mdltool.train.plan import Progress
 from mdltool.train.together import begin_together, open_together
 
 

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
+from mdltool import console
 from mdltool.artifact import Artifact
 from mdltool.data.index import ShardIndex
 from mdltool.data.loader import TrainLoader, ViewLoader
-from mdltool.data.order import InTurn, Share
+from mdltool.data.order import Order
 from mdltool.errors import MdlError
-from mdltool.evaluate.scores import score_domain, tensors_of
-from mdltool.model import ModelSpec, MultiDomainModel
+from mdltool.evaluate.scores import DomainScores, score_domain, tensors_of
+from mdltool.losses.multitrain import MultitrainLoss
+from mdltool.model import MultiDomainModel
 from mdltool.registry import did_you_mean
 from mdltool.schema import Recipe, Step
-from mdltool.stages.plan import sampling, train_transform, val_views
+from mdltool.stages.plan import mix_of, multitrain_spec, order_of, sampling, share_of, train_transform, val_views
 from mdltool.tasks import TASKS, Task
-from mdltool.train.distributed import World, join_world
+from mdltool.train.checkpoint import save_tensors
+from mdltool.train.distributed import World, broadcast_object, gather_objects, gather_rows, join_world
 from mdltool.train.log import make_accelerator
-from mdltool.train.loop import Progress, RunParts, StepSpec, Trainer, TrainSpec
+from mdltool.train.loop import Trainer
+from mdltool.train.objective import MultitrainObjective, Objective, Smoothing, TaskObjective
 from mdltool.train.optim import OptimizerSpec, ScheduleSpec
-from mdltool.types import Batch
+from mdltool.train.plan import Headline, Progress, RunParts, StepSpec, TrainSpec
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,7 @@ def gather_data(recipe: Recipe, shards: Iterable[Artifact]) -> dict[str, DomainD
                 artifact.path,
                 did_you_mean(index.domain, recipe.domains),
             )
+        _check_task(recipe.domains[index.domain].task, index)
         split = train if index.split == "train" else val
         if index.domain in split:
             raise MdlError(
@@ -80,25 +86,52 @@ def gather_data(recipe: Recipe, shards: Iterable[Artifact]) -> dict[str, DomainD
     return found
 
 
-def train_spec(recipe: Recipe, spec: ModelSpec, clips: Mapping[str, int]) -> TrainSpec:
-    """The recipe's training part as plain values. clips: training clips of each domain, which make an epoch."""
-    rounds = recipe.train.rounds_per_update
-    epoch = max(math.ceil(clips[name] / (recipe.batch_of(name) * rounds)) for name in recipe.domains)
-    steps = tuple(_step_spec(step, epoch) for step in recipe.train.steps)
+def train_spec(recipe: Recipe, bn: str, order: Order) -> TrainSpec:
+    """The recipe's training part as plain values. bn: how the model's BatchNorms treat domains."""
+    train = recipe.train
     return TrainSpec(
-        steps=steps,
-        batch={name: recipe.batch_of(name) for name in recipe.domains},
-        weights={name: part.weight for name, part in recipe.domains.items()},
-        bn=spec.bn,
-        seed=recipe.train.seed,
-        reduction=recipe.losses.reduction,
-        domain_average=recipe.losses.domain_average,
-        rounds_per_update=recipe.train.rounds_per_update,
-        channels_last=recipe.train.channels_last,
-        checkpoint_every=recipe.train.checkpoint_every,
+        steps=tuple(_step_spec(step, order.epoch) for step in train.steps),
+        domains=tuple(recipe.domains),
+        batches=order.batches,
+        bn=bn,
+        seed=train.seed,
+        decay={n: d.weight_decay for n, d in recipe.domains.items() if d.weight_decay is not None},
+        mix=mix_of(recipe),
+        ema=train.ema,
+        sync_bn=train.sync_bn,
+        channels_last=train.channels_last,
+        checkpoint_every=train.checkpoint_every,
+        keep=train.keep_checkpoints,
         val_every=recipe.val.every,
-        recalibrate_batches=recipe.train.recalibrate_batches,
+        recalibrate_batches=train.recalibrate_batches,
+        headlines={name: _headline(part.task) for name, part in recipe.domains.items()},
+        log_clips=train.log_clips,
     )
+
+
+def objective_of(
+    recipe: Recipe, features: int, classes: Mapping[str, Sequence[str]], world: World, order: Order
+) -> Objective:
+    """What the recipe minimises. features: the embedding's width; classes: names by domain."""
+    part, augment = multitrain_spec(recipe), recipe.data.augment
+    smoothing = Smoothing(augment.smoothing, augment.smooth_classes, augment.mix_scope)
+    if part is None:
+        tasks = {name: TASKS.load(domain.task)() for name, domain in recipe.domains.items()}
+        weights = {name: domain.weight for name, domain in recipe.domains.items()}
+        return TaskObjective(tasks, weights, recipe.losses.reduction, recipe.losses.domain_average, smoothing)
+    outputs = {name: len(names) for name, names in classes.items()}
+    criterion = MultitrainLoss(features, outputs, part, classes)
+    exact = recipe.losses.inf is None or recipe.losses.inf.accum == "exact"
+    parts = world.size * recipe.train.accumulate
+    # Batches in turn are whole batches of their own, unless the informative loss takes them together.
+    together = order.batches if criterion.expander is not None and exact else 1
+    gather = gather_rows if world.size > 1 else None
+    return MultitrainObjective(criterion, parts * together, world.size, gather, exact, smoothing)
+
+
+def _headline(task: str) -> Headline:
+    chosen = TASKS.load(task)
+    return Headline(chosen.headline, chosen.higher_is_better)
 
 
 def _step_spec(step: Step, epoch: int) -> StepSpec:
@@ -131,28 +164,29 @@ def fit(
     """Train `model` in `folder`, continuing from the checkpoints there. only: this domain's parts alone."""
     from mdltool.model_store import stored_tensors
 
-    clips = {name: len(data[name].train_index) for name in recipe.domains}
-    spec = train_spec(recipe, model.spec, clips)
-    spec = _for_one(spec, only) if only is not None else spec
-    tasks = {name: TASKS.load(part.task)() for name, part in recipe.domains.items()}
     world = join_world()
-    accelerator = make_accelerator(recipe.train.precision, folder)
+    order = order_of(recipe, {name: len(data[name].train_index) for name in recipe.domains})
+    spec = train_spec(recipe, model.spec.bn, order)
+    spec = _for_one(spec, only) if only is not None else spec
+    share = share_of(recipe, world.rank, world.size)
+    classes = {name: data[name].train_index.classes for name in recipe.domains}
+    objective = objective_of(recipe, model.backbone.feature_dim, classes, world, order)
 
-    def loader(start_update: int) -> Iterable[Batch]:
+    def loader(start_update: int) -> TrainLoader:
         return TrainLoader(
             [data[name].train_index for name in recipe.domains],
-            InTurn(clips, spec.batch, recipe.train.seed, recipe.train.domain_order, spec.rounds_per_update),
+            order,
             sampling=sampling(recipe),
             transform=train_transform(recipe),
             seed=recipe.train.seed,
             workers=workers,
             updates=range(start_update, spec.total_updates),
-            share=Share(world.rank, world.size),
+            share=share,
         )
 
     def validate(trained: MultiDomainModel) -> dict[str, dict[str, float]]:
         return {
-            name: _validate_domain(recipe, trained, name, index, tasks[name], workers)
+            name: _validate_domain(recipe, trained, name, index, workers, world)
             for name, index in ((n, d.val_index) for n, d in data.items())
             if index is not None
         }
@@ -161,18 +195,49 @@ def fit(
         loader=loader,
         validate=validate if any(d.val_index is not None for d in data.values()) else None,
         stored=lambda trained: stored_tensors(trained, own_backbone),
-        accelerator=accelerator,
-        world=World(world.rank, world.size),
+        accelerator=make_accelerator(recipe.train.precision, folder, world),
+        per_update=share.batches(order.batches),
+        world=world,
     )
-    return Trainer(model, spec, tasks, folder, parts).run()
+    _say_epoch(data, order, spec)
+    if recipe.train.checkpoint_activations:
+        model.checkpoint_activations()
+    if recipe.train.compile:
+        model.backbone.compile()
+    progress = Trainer(model, spec, objective, folder, parts).run()
+    if world.is_main and any(True for _ in objective.parameters()):
+        save_tensors(folder / "weights" / "training.safetensors", objective.state_dict())
+    return progress
+
+
+def _say_epoch(data: Mapping[str, DomainData], order: Order, spec: TrainSpec) -> None:
+    clips = ", ".join(f"{name} {len(part.train_index)}" for name, part in data.items())
+    console.say(f"an epoch is {order.epoch} updates of {spec.total_updates} (clips: {clips})")
 
 
 def _validate_domain(
-    recipe: Recipe, model: MultiDomainModel, domain: str, index: ShardIndex, task: Task, workers: int
+    recipe: Recipe, model: MultiDomainModel, domain: str, index: ShardIndex, workers: int, world: World
 ) -> dict[str, float]:
-    loader = ViewLoader(index, val_views(recipe), workers=workers)
-    found = score_domain(model, loader, domain, task, device=model.mean.device)
-    scores, labels, wrong = tensors_of(found, len(index.classes), count_missing=True)
-    metrics = task.metrics(scores, labels, wrong)
-    own = scores.gather(1, labels[:, None]).clamp_min(1e-12)
-    return metrics | {"loss": float(-own.log().mean())}
+    """The task's metrics and its loss, which is over the clips that decode; NaN where none does."""
+    task = TASKS.load(recipe.domains[domain].task)()
+    loader = ViewLoader(index, val_views(recipe), workers=workers, rank=world.rank, world=world.size)
+    own = score_domain(model, loader, domain, task, device=model.mean.device)
+    shares = gather_objects(own, world)
+    metrics = _metrics(task, shares[0].merge(shares[1:]), index) if shares is not None else None
+    found: dict[str, float] = broadcast_object(metrics, world)
+    return found
+
+
+def _metrics(task: Task, found: DomainScores, index: ShardIndex) -> dict[str, float]:
+    scores, labels, wrong = tensors_of(found, index, count_missing=True)
+    logits = torch.stack(found.logits) if found.logits else scores[~wrong]
+    return task.metrics(scores, labels, wrong) | {"loss": float(task.loss(logits, labels[~wrong], "mean"))}
+
+
+def _check_task(task: str, index: ShardIndex) -> None:
+    if task != index.task:
+        raise MdlError(
+            f"{index.domain}: these shards are of the task {index.task}, the recipe says {task}",
+            index.folder,
+            f"--set domains.{index.domain}.task={index.task}",
+        )

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from mdltool.data.augment import EraseSpec, RandAugmentSpec
+from mdltool.data.mixing import MixSpec
+from mdltool.data.order import InTurn, Mixed, Order, Proportions, Share
 from mdltool.data.sampling import Sampling
 from mdltool.data.transforms import TrainTransform
 from mdltool.errors import MdlError
 from mdltool.evaluate.views import ViewSpec, parse_views
+from mdltool.losses.multitrain import MultitrainSpec
 from mdltool.model import AdapterSpec, ModelSpec, check_adapters
 from mdltool.schema import Recipe
 
@@ -26,6 +31,9 @@ def model_spec(recipe: Recipe, outputs: dict[str, int]) -> ModelSpec:
         dropout=recipe.heads.dropout,
         head_init=recipe.heads.init,
         head_std=recipe.heads.std,
+        head=recipe.heads.type,
+        head_hidden=recipe.heads.hidden,
+        logit_dropout=recipe.heads.logit_dropout,
     )
 
 
@@ -44,6 +52,60 @@ def outputs_of(recipe: Recipe) -> dict[str, int]:
             f"add it, or: --set domains.{missing[0]}.classes=N",
         )
     return {name: domain.classes or 0 for name, domain in recipe.domains.items()}
+
+
+def multitrain_spec(recipe: Recipe) -> MultitrainSpec | None:
+    """The options of the multi-dataset objective; None where each domain has its own loss alone."""
+    losses = recipe.losses
+    if recipe.train.batches == "in_turn" and losses.inf is None and losses.proj is None and losses.weights is None:
+        return None
+    inf, proj, weights = losses.inf, losses.proj, losses.weights
+    return MultitrainSpec(
+        lambda_v=inf.lambda_v if inf else 0.0,
+        lambda_c=inf.lambda_c if inf else 0.0,
+        eps=inf.eps if inf else 1e-4,
+        expander_hidden=inf.expander_hidden if inf else 2048,
+        informative_learned=inf.learned if inf else False,
+        proj_mode=proj.mode if proj else "none",
+        proj_weight=proj.weight if proj else 1.0,
+        proj_input=proj.input if proj else "logits",
+        proj_init=proj.init if proj else "trunc_normal",
+        proj_freeze=proj.freeze if proj else False,
+        norm=losses.norm,
+        weights=weights.mode if weights else "fixed",
+        weights_half=weights.half if weights else True,
+        sigma_init=weights.sigma_init if weights else "one",
+        fixed_weights={name: domain.weight for name, domain in recipe.domains.items()},
+    )
+
+
+def order_of(recipe: Recipe, clips: Mapping[str, int]) -> Order:
+    """Which clips make an update. clips: of each domain's training split."""
+    part = recipe.data.proportions
+    chosen = Proportions(part.mode, part.temperature, part.weights, part.replicas) if part is not None else None
+    repeat, seed = recipe.data.augment.repeat, recipe.train.seed
+    if recipe.train.batches == "mixed":
+        assert isinstance(recipe.data.batch, int)
+        return Mixed(clips, recipe.data.batch, seed, chosen, repeat)
+    batch = {name: recipe.batch_of(name) for name in recipe.domains}
+    order, rounds = recipe.train.domain_order, recipe.train.rounds_per_update
+    return InTurn(clips, batch, seed, order, rounds, chosen, repeat)
+
+
+def share_of(recipe: Recipe, rank: int, world: int) -> Share:
+    """What a process reads of it."""
+    augment, train = recipe.data.augment, recipe.train
+    mixes = augment.mixup > 0 or augment.cutmix > 0
+    pairing = ("within" if augment.mix_scope == "same" else "mirrored") if mixes else None
+    return Share(rank, world, train.accumulate, pairing, train.split)
+
+
+def mix_of(recipe: Recipe) -> MixSpec | None:
+    """How batches are mixed, where they are."""
+    part = recipe.data.augment
+    if not part.mixup and not part.cutmix:
+        return None
+    return MixSpec(part.mixup, part.cutmix, part.mix_probability, part.switch_probability)
 
 
 def sampling(recipe: Recipe) -> Sampling:

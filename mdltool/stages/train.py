@@ -24,7 +24,7 @@ from mdltool.stages.fitting import DomainData, fit, gather_data
 from mdltool.stages.plan import check, model_spec
 from mdltool.train.checkpoint import save_tensors
 from mdltool.train.distributed import join_world
-from mdltool.train.loop import Progress
+from mdltool.train.plan import Progress
 from mdltool.train.together import begin_together, open_together
 
 

@@ -21,7 +21,6 @@ from torch import Tensor
 from mdltool import console
 
 _NAME = re.compile(r"update-(\d{9})\.safetensors")
-_KEEP = 2
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -38,13 +37,14 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 def save_checkpoint(
     folder: Path,
     update: int,
-    model: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
     progress: Mapping[str, Any],
+    keep: int = 2,
 ) -> None:
-    """Store the state after `update` updates; the last two checkpoints are kept. progress: plain JSON values."""
+    """Store the state after `update` updates; the last `keep` checkpoints stay. progress: plain JSON values."""
     state = optimizer.state_dict()
-    tensors = {f"model/{key}": value for key, value in model.items()}
+    tensors = dict(tensors)
     scalars: dict[str, dict[str, Any]] = {}
     for index, values in state["state"].items():
         for key, value in values.items():
@@ -54,8 +54,8 @@ def save_checkpoint(
                 scalars.setdefault(str(index), {})[key] = value
     header = {"update": update, "groups": state["param_groups"], "scalars": scalars, "progress": dict(progress)}
     save_tensors(folder / f"update-{update:09d}.safetensors", tensors, {"mdltool": json.dumps(header)})
-    for path in _checkpoints(folder)[:-_KEEP]:
-        path.unlink()
+    for path in _checkpoints(folder)[:-keep]:
+        path.unlink(missing_ok=True)
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -67,7 +67,7 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | 
                 tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 - no mapping
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             console.warn(f"{path.name} is damaged ({error}); going back to the checkpoint before")
-            path.unlink()
+            path.unlink(missing_ok=True)  # another process may have been faster
             continue
         return tensors, header
     return None

@@ -4,53 +4,98 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from accelerate import Accelerator
 
 from mdltool import console
+from mdltool.train.distributed import World
+from mdltool.train.tally import Line, Tally
+from mdltool.types import Batch
 
 
 class MetricsLog:
-    """One JSON object a line. Lines after `resume_at` updates, and a torn last line, are dropped first."""
+    """metrics.jsonl of a run, by its first process, and clips-RANK.jsonl by every one where asked for.
 
-    def __init__(self, path: Path, resume_at: int, accelerator: Accelerator | None = None) -> None:
+    One JSON object a line. Lines after `resume_at` updates, and a torn last line, are dropped first.
+    """
+
+    def __init__(self, folder: Path, resume_at: int, accelerator: Accelerator | None, world: World) -> None:
         self.accelerator = accelerator
-        kept = []
-        for line in path.read_text().splitlines() if path.exists() else []:
-            try:
-                if json.loads(line)["step"] <= resume_at:
-                    kept.append(line)
-            except (ValueError, KeyError):
-                continue
-        path.write_text("".join(line + "\n" for line in kept))
-        self.handle = open(path, "a", buffering=1)  # noqa: SIM115 - closed by close()
+        self._folder, self._resume_at, self._world = folder, resume_at, world
+        self._metrics = _reopened(folder / "metrics.jsonl", resume_at) if world.is_main else None
+        self._clips: TextIO | None = None
 
-    def write(self, step: int, domain: str | None = None, **values: Any) -> None:
-        """Log values of an update, of one domain where given."""
-        head = {"step": step} | ({"domain": domain} if domain else {})
-        self.handle.write(json.dumps(head | values) + "\n")
-        if self.accelerator is not None:
-            numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
-            self.accelerator.log({f"{domain}/{k}" if domain else k: v for k, v in numbers.items()}, step=step)
+    def update(self, step: int, lines: Sequence[Line], tally: Tally, lr: float, seconds: float) -> None:
+        """An update's losses by domain and whole batch, and the objective's further terms."""
+        clips = sum(line.clips for line in lines)
+        common = {
+            "lr": lr,
+            "clips_per_second": round(clips / seconds, 2),
+            "data_wait": round(tally.waited / seconds, 4),
+        }
+        for line in lines:
+            self._write(step, line.domain, {"loss": line.loss, **common})
+        if tally.terms:
+            self._write(step, None, {name: float(value) for name, value in tally.terms.items()})
+
+    def clips(self, step: int, batch: Batch, wanted: bool) -> None:
+        """Which clips of a micro-batch were passed over and, where wanted, which it has."""
+        if batch.skipped:
+            self._write(step, batch.domain, {"skipped": [key for key, _ in batch.skipped]})
+        if wanted:
+            if self._clips is None:
+                self._clips = _reopened(self._folder / f"clips-{self._world.rank}.jsonl", self._resume_at)
+            self._clips.write(json.dumps({"step": step, "domain": batch.domain, "keys": batch.keys}) + "\n")
+
+    def validation(self, step: int, scores: Mapping[str, Mapping[str, float]], seconds: float) -> None:
+        """Scores by domain; seconds: of training so far."""
+        for domain, values in scores.items():
+            named = {f"val_{key}": value for key, value in values.items()}
+            self._write(step, domain, {**named, "seconds": round(seconds, 3)})
 
     def close(self) -> None:
-        self.handle.close()
+        for handle in (self._metrics, self._clips):
+            if handle is not None:
+                handle.close()
         if self.accelerator is not None:
             # not end_training(), which leaves the process group as well: rank 0 still has to say that it is done
             for tracker in self.accelerator.trackers:
                 tracker.finish()
 
+    def _write(self, step: int, domain: str | None, values: Mapping[str, Any]) -> None:
+        if self._metrics is None:
+            return
+        head = {"step": step} | ({"domain": domain} if domain else {})
+        self._metrics.write(json.dumps({**head, **values}) + "\n")
+        if self.accelerator is not None:
+            numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
+            self.accelerator.log({f"{domain}/{k}" if domain else k: v for k, v in numbers.items()}, step=step)
 
-def make_accelerator(precision: str, tracking: Path) -> Accelerator:
-    """Accelerate's device, autocast and trackers. TensorBoard where it is installed, else it is said once."""
+
+def _reopened(path: Path, resume_at: int) -> TextIO:
+    """A log that goes on after `resume_at` updates."""
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            if json.loads(line)["step"] <= resume_at:
+                kept.append(line)
+        except (ValueError, KeyError):
+            continue
+    path.write_text("".join(line + "\n" for line in kept))
+    return open(path, "a", buffering=1)
+
+
+def make_accelerator(precision: str, tracking: Path, world: World) -> Accelerator:
+    """Accelerate's device, autocast and, in the first process, trackers: TensorBoard where it is installed."""
     from accelerate.state import AcceleratorState
 
     # The state is one per process and would refuse a second run with another precision.
     AcceleratorState._reset_state(reset_partial_state=False)
-    have = importlib.util.find_spec("tensorboard") is not None
-    if not have:
+    have = importlib.util.find_spec("tensorboard") is not None and world.is_main
+    if not have and world.is_main:
         console.say(
             "TensorBoard is not installed, so metrics.jsonl is the only log (pip install mdltool[tensorboard])"
         )

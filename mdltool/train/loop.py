@@ -1,129 +1,101 @@
 """The only training loop (design, section 8; spec omi_mdl 5.2 and 6.1).
 
-An update is D batch steps, one per domain, and then one optimizer step. The position is the number of updates done:
-it decides the data, the augmentation, dropout and the learning rate; a checkpoint plus that number is everything.
+An update is a number of micro-batches, each a forward and a backward pass, and then one optimizer step. The
+position is the number of updates done: it decides the data, the augmentation, dropout and the learning rate; a
+checkpoint plus that number is everything.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
+import itertools
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from mdltool import console
-from mdltool.errors import MdlError, Stopped
+from mdltool.data import mixing
+from mdltool.data.order import rng_for
+from mdltool.errors import Elsewhere, Stopped
 from mdltool.model import MultiDomainModel
-from mdltool.tasks import Task
+from mdltool.sync_norm import synchronise
+from mdltool.train.average import Average
 from mdltool.train.checkpoint import load_checkpoint, restore_optimizer, save_checkpoint, save_tensors
-from mdltool.train.distributed import World, sum_gradients
+from mdltool.train.distributed import share_buffers, sum_gradients, sum_over_ranks
 from mdltool.train.log import MetricsLog
-from mdltool.train.optim import OptimizerSpec, ScheduleSpec, learning_rate, make_optimizer
+from mdltool.train.objective import Clips, MultitrainObjective, Objective
+from mdltool.train.optim import learning_rate, make_optimizer
+from mdltool.train.plan import Headline, Progress, RunParts, StepSpec, TrainSpec
+from mdltool.train.tally import Line, Tally, domains_of, update_counts
 from mdltool.types import Batch
 
-Loader = Callable[[int], Iterable[Batch]]
-"""start update -> batches from there on: for each update, for each round, one of every domain."""
-
-Validate = Callable[[MultiDomainModel], Mapping[str, Mapping[str, float]]]
-"""model -> {domain: {"top1": ..., "loss": ...}}, fractions."""
-
-
-@dataclass(frozen=True)
-class StepSpec:
-    """One step of a recipe: what trains, for how many updates, and how."""
-
-    regime: str
-    updates: int
-    optimizer: OptimizerSpec
-    schedule: ScheduleSpec
-
-
-@dataclass(frozen=True)
-class TrainSpec:
-    """Plain values of a whole run. batch: global clips per domain; weights: of the domains' losses."""
-
-    steps: tuple[StepSpec, ...]
-    batch: dict[str, int]
-    weights: dict[str, float]
-    bn: str
-    seed: int = 0
-    reduction: str = "mean"
-    domain_average: bool = False
-    rounds_per_update: int = 1
-    channels_last: bool = True
-    checkpoint_every: int = 1000
-    val_every: int = 0
-    recalibrate_batches: int = 200
-    headline: str = "top1"
-    only: str | None = None  # train this domain's parts alone
-
-    @property
-    def total_updates(self) -> int:
-        return sum(step.updates for step in self.steps)
-
-
-@dataclass
-class Progress:
-    """What a checkpoint carries beside tensors."""
-
-    update: int = 0
-    seconds: float = 0.0
-    best_score: float | None = None
-    best_update: int | None = None
-    best_seconds: float | None = None
-    last_scores: dict[str, dict[str, float]] = field(default_factory=dict)
+_MIX = 99  # purpose of the random number that decides how a batch is mixed
 
 
 class Trainer:
     """Runs a TrainSpec on a model; `folder` receives metrics.jsonl, checkpoints/ and weights/."""
 
     def __init__(
-        self, model: MultiDomainModel, spec: TrainSpec, tasks: Mapping[str, Task], folder: Path, run: RunParts
+        self, model: MultiDomainModel, spec: TrainSpec, objective: Objective, folder: Path, run: RunParts
     ) -> None:
         self.model = model
         self.spec = spec
-        self.tasks = tasks
+        self.objective = objective
         self.folder = folder
         self.run_parts = run
+        self.world = run.world
         self.progress = Progress()
-        self._clip_norm: float | None = None
         self.device = run.accelerator.device
+        self._average: Average | None = None
+        self._clip_norm: float | None = None
         self._restored: tuple[dict[str, Tensor], dict[str, Any]] | None = None
+        self._seen: dict[str, int] = {}
+        self._stop = False
 
     def run(self) -> Progress:
         """Train to the end, from the newest checkpoint where there is one.
 
-        Raises MdlError for a loss that is not finite and Stopped after a signal.
+        Raises MdlError for a loss that is not finite and Stopped after a signal, on every process.
         """
         self._restored = load_checkpoint(self.folder / "checkpoints")
         self.model.to(self.device)
+        self.objective.to(self.device)
         if self.spec.channels_last:
             self.model.channels_last()
+        if self.spec.sync_bn and self.world.size > 1:
+            synchronise(self.model, sum_over_ranks)
         if self._restored is not None:
-            tensors, header = self._restored
-            self.progress = Progress(**header["progress"])
-            state = {key[len("model/") :]: t for key, t in tensors.items() if key.startswith("model/")}
-            self.model.load_tensors(state, self.folder)
-            console.say(f"resuming after update {self.progress.update}")
-        log = MetricsLog(self.folder / "metrics.jsonl", self.progress.update, self.run_parts.accelerator)
+            self._restore(*self._restored)
+        log = MetricsLog(self.folder, self.progress.update, self.run_parts.accelerator, self.world)
         try:
             with _stop_signals() as stopped, self._bar() as advance:
                 self._run_steps(log, stopped, advance)
             self._recalibrate()
             if self.spec.bn == "recalibrate" or self.progress.update not in self._validated:
                 self._validate(log)
+        except RuntimeError as error:
+            # Another process has ended, for a reason that it has told.
+            if self.world.size > 1 and any(word in str(error) for word in ("gloo", "NCCL", "Connection")):
+                raise Elsewhere(str(error)) from error
+            raise
         finally:
             log.close()
+        if self._average is not None and self.world.is_main:
+            with self._average.in_place():
+                save_tensors(self.folder / "weights" / "ema.safetensors", self.run_parts.stored(self.model))
         return self.progress
+
+    def _restore(self, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+        self.progress = Progress(**header["progress"])
+        self.model.load_tensors(_under("model/", tensors), self.folder)
+        self.objective.load_state_dict(_under("objective/", tensors))
+        console.say(f"resuming after update {self.progress.update}")
 
     @property
     def _validated(self) -> range:
@@ -138,6 +110,10 @@ class Trainer:
 
     def _run_steps(self, log: MetricsLog, stopped: Callable[[], bool], advance: Callable[..., None]) -> None:
         batches = iter(self.run_parts.loader(self.progress.update))
+        if self.spec.ema:
+            self._average = Average(self.model, self.spec.ema)
+            if self._restored is not None:
+                self._average.load(_under("ema/", self._restored[0]))
         begin = 0
         for step in self.spec.steps:
             end = begin + step.updates
@@ -155,25 +131,33 @@ class Trainer:
         stopped: Callable[[], bool],
         advance: Callable[..., None],
     ) -> None:
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        optimizer = make_optimizer(step.optimizer, parameters, self.model.backbone_parameters())
+        parameters = [p for p in (*self.model.parameters(), *self.objective.parameters()) if p.requires_grad]
+        optimizer = make_optimizer(step.optimizer, parameters, self.model.backbone_parameters(), self._decays())
         if self._restored is not None and self.progress.update > begin:
             restore_optimizer(optimizer, *self._restored)
         self._restored = None
         self._clip_norm = step.optimizer.clip_norm
         optimizer = self.run_parts.accelerator.prepare(optimizer)
-        batches_per_update = len(self.spec.batch) * self.spec.rounds_per_update
-        rate = learning_rate(step.schedule, step.optimizer.lr, step.updates, batches_per_update)
+        rate = learning_rate(step.schedule, step.optimizer.lr, step.updates, self.spec.batches)
         for update in range(self.progress.update, begin + step.updates):
             started = time.monotonic()
             lr = rate(update - begin)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["scale"]
-            loss = self._update(update, batches, parameters, optimizer, log, lr)
+            lines = self._update(update, batches, parameters, optimizer, log, stopped)
             self.progress.update = update + 1
             self.progress.seconds += time.monotonic() - started
-            advance(1, f"loss {loss:.3f}")
-            self._after_update(optimizer, log, stopped)
+            advance(1, f"loss {sum(line.loss for line in lines) / len(lines):.3f}")
+            self._after_update(optimizer, log)
+
+    def _decays(self) -> dict[int, float]:
+        """id of a parameter -> its weight decay, where it is not the optimizer's."""
+        decays = {id(p): 0.0 for p in self.objective.weightless()}
+        for key, tensor in self.model.tensors().items():
+            owner = key.split("/", 1)[0]
+            if owner in self.spec.decay:
+                decays[id(tensor)] = self.spec.decay[owner]
+        return decays
 
     def _update(
         self,
@@ -182,97 +166,131 @@ class Trainer:
         parameters: Sequence[torch.nn.Parameter],
         optimizer: Any,
         log: MetricsLog,
-        lr: float,
-    ) -> float:
-        """D batch steps (times rounds), one optimizer step. Returns the mean loss."""
+        stopped: Callable[[], bool],
+    ) -> list[Line]:
+        """Forward and backward of every micro-batch, one optimizer step."""
         self.model.train()
         optimizer.zero_grad(set_to_none=True)
-        losses = []
-        for index in range(len(self.spec.batch) * self.spec.rounds_per_update):
-            started = time.monotonic()
-            batch = next(batches)
-            waited = time.monotonic() - started
-            loss = self._batch_step(update, index, batch)
-            seconds = time.monotonic() - started
-            losses.append(loss)
-            speed = round(len(batch.keys) / seconds, 2)
-            log.write(
-                update + 1,
-                batch.domain,
-                loss=loss,
-                lr=lr,
-                clips_per_second=speed,
-                data_wait=round(waited / seconds, 4),
-            )
-            if batch.skipped:
-                log.write(update + 1, batch.domain, skipped=[key for key, _ in batch.skipped])
-        sum_gradients(parameters, self.run_parts.world)
+        started = time.monotonic()
+        tally = Tally(self.spec.domains, self.spec.batches)
+        taken: Iterable[Batch] = itertools.islice(batches, self.run_parts.per_update)
+        taken = _timed(taken, tally)
+        if self.objective.two_passes:
+            taken = list(taken)
+            tally.terms |= self._first_pass(update, taken)
+        for index, batch in enumerate(taken):
+            clips = self._clips(update, index, batch)
+            with self.run_parts.accelerator.autocast():
+                part = self.objective(self.model, clips, index)
+            self.run_parts.accelerator.backward(part.total)
+            tally.add(batch, part)
+            self._seen |= dict.fromkeys(domains_of(batch, self.spec.domains), update)
+            log.clips(update + 1, batch, self.spec.log_clips)
+        lines, self._stop = tally.finish(update, stopped(), self.world)
+        sum_gradients(parameters, self.world)
         if self._clip_norm is not None:
-            self.run_parts.accelerator.clip_grad_norm_(parameters, self._clip_norm)
+            left_out = {id(p) for p in self.objective.weightless()}
+            clipped = [p for p in parameters if id(p) not in left_out]
+            self.run_parts.accelerator.clip_grad_norm_(clipped, self._clip_norm)
         optimizer.step()
-        return sum(losses) / len(losses)
+        if self._average is not None:
+            self._average.update(update)
+        log.update(update + 1, lines, tally, optimizer.param_groups[0]["lr"], time.monotonic() - started)
+        return lines
 
-    def _batch_step(self, update: int, index: int, batch: Batch) -> float:
-        """Forward and backward of one domain's batch; returns its mean loss before weights."""
-        spec, task, domain = self.spec, self.tasks[batch.domain], batch.domain
-        seed = np.random.SeedSequence([spec.seed, update, index, self.run_parts.world.rank])
+    def _first_pass(self, update: int, batches: Sequence[Batch]) -> dict[str, Tensor]:
+        assert isinstance(self.objective, MultitrainObjective)
+        accelerator = self.run_parts.accelerator
+
+        def backward(loss: Tensor) -> float:
+            accelerator.backward(loss)
+            return float(accelerator.scaler.get_scale()) if accelerator.scaler is not None else 1.0
+
+        def maker(index: int, batch: Batch) -> Callable[[], Clips]:
+            return lambda: self._clips(update, index, batch)
+
+        makers = [maker(index, batch) for index, batch in enumerate(batches)]
+        with accelerator.autocast():
+            return self.objective.prepare(self.model, makers, update_counts(batches), backward)
+
+    def _clips(self, update: int, index: int, batch: Batch) -> Clips:
+        """A micro-batch on the device, mixed; seeds what its forward draws."""
+        spec = self.spec
+        seed = np.random.SeedSequence([spec.seed, update, index, self.world.rank])
         torch.manual_seed(int(seed.generate_state(1)[0]))
         frames = batch.frames.to(self.device, non_blocking=True)
-        labels = batch.labels.to(self.device, non_blocking=True)
+        partner_B, own_share = batch.partner_B, 1.0
+        if spec.mix is not None and partner_B is not None:
+            partner_B = partner_B.to(self.device)
+            rng = rng_for(spec.seed, "", _MIX, update, batch.number)
+            mix = mixing.draw(spec.mix, rng, frames.shape[-2], frames.shape[-1])
+            frames, own_share = mixing.apply(frames, partner_B, mix), mix.own_share
         if spec.channels_last:
             frames = frames.contiguous(memory_format=torch.channels_last_3d)
-        with self.run_parts.accelerator.autocast():
-            logits = self.model(frames, domain)
-        total = task.loss(logits.float() if logits.dtype != torch.float64 else logits, labels, "sum")
-        mean = total / len(labels)
-        value = float(mean.detach())
-        if not math.isfinite(value):
-            raise MdlError(
-                f"the loss of {domain} is {value} at update {update + 1}",
-                f"clips {', '.join(batch.keys)}",
-                "lower the learning rate, or look at these clips; the last checkpoint is kept",
-            )
-        # The global batch scales the sum, so that a SUM over ranks gives the mean over the whole batch.
-        loss = total / spec.batch[domain] if spec.reduction == "mean" else total
-        loss = loss * spec.weights[domain]
-        if spec.domain_average:
-            loss = loss / len(spec.batch)
-        self.run_parts.accelerator.backward(loss)
-        return value
+        domain_B = batch.domain_B
+        if domain_B is None:
+            assert batch.domain is not None
+            domain_B = torch.full((len(frames),), spec.domains.index(batch.domain))
+        whole = batch.whole or {d: len(frames) for d in (batch.domain,) if d is not None}
+        labels = batch.labels.to(self.device, non_blocking=True)
+        return Clips(frames, labels, batch.domain, domain_B.to(self.device), whole, partner_B, own_share)
 
-    def _after_update(self, optimizer: Any, log: MetricsLog, stopped: Callable[[], bool]) -> None:
+    def _after_update(self, optimizer: Any, log: MetricsLog) -> None:
         update, spec = self.progress.update, self.spec
         if update in self._validated and spec.bn != "recalibrate":
             self._validate(log)
-        stop = stopped()
-        if stop or update % spec.checkpoint_every == 0 or update == spec.total_updates:
-            if self.run_parts.world.is_main:
-                inner = getattr(optimizer, "optimizer", optimizer)
-                progress = dict(vars(self.progress))
-                save_checkpoint(self.folder / "checkpoints", update, self.model.tensors(), inner, progress)
-            if stop and update < spec.total_updates:
+        if self._stop or update % spec.checkpoint_every == 0 or update == spec.total_updates:
+            self._share_buffers()
+            if self.world.is_main:
+                self._save(getattr(optimizer, "optimizer", optimizer))
+            if self._stop and update < spec.total_updates:
                 raise Stopped(f"stopped by a signal after update {update}; its checkpoint is written")
 
+    def _save(self, optimizer: torch.optim.Optimizer) -> None:
+        tensors = {f"model/{key}": value for key, value in self.model.tensors().items()}
+        tensors |= {f"objective/{key}": value for key, value in self.objective.state_dict().items()}
+        if self._average is not None:
+            tensors |= {f"ema/{key}": value for key, value in self._average.shadow.items()}
+        progress = dict(vars(self.progress))
+        save_checkpoint(
+            self.folder / "checkpoints", self.progress.update, tensors, optimizer, progress, self.spec.keep
+        )
+
+    def _share_buffers(self) -> None:
+        """Each domain's buffers from a process that has seen it; what all share from the first."""
+        owned: dict[str, dict[str, Tensor]] = {domain: {} for domain in ("", *self.spec.domains)}
+        for key, tensor in self.model.tensors().items():
+            if not isinstance(tensor, torch.nn.Parameter):
+                owner = key.split("/", 1)[0]
+                owned[owner if owner in owned else ""][key] = tensor
+        share_buffers(owned, self._seen, self.world)
+
     def _validate(self, log: MetricsLog) -> None:
-        """Score the validation split; keep the best weights by the mean over domains."""
+        """Score the validation split; keep the best weights, by the mean of the headlines (errors count less)."""
         if self.run_parts.validate is None:
             return
+        self._share_buffers()
         self.model.eval()
-        scores = {domain: dict(values) for domain, values in self.run_parts.validate(self.model).items()}
-        update, headline = self.progress.update, self.spec.headline
-        for domain, values in scores.items():
-            named = {f"val_{key}": value for key, value in values.items()}
-            log.write(update, domain, **named, seconds=round(self.progress.seconds, 3))
-        mean = sum(values[headline] for values in scores.values()) / len(scores)
-        shown = ", ".join(f"{domain} {values[headline]:.3f}" for domain, values in scores.items())
-        console.say(f"update {update}: val {headline} {shown}")
-        self.progress.last_scores = scores
-        if self.progress.best_score is None or mean > self.progress.best_score:
-            self.progress.best_score = mean
-            self.progress.best_update = update
-            self.progress.best_seconds = self.progress.seconds
-            if self.run_parts.world.is_main:
-                save_tensors(self.folder / "weights" / "best.safetensors", self.run_parts.stored(self.model))
+        averaged = self._average.in_place() if self._average is not None else contextlib.nullcontext()
+        with averaged:
+            scores = {domain: dict(values) for domain, values in self.run_parts.validate(self.model).items()}
+            update = self.progress.update
+            log.validation(update, scores, self.progress.seconds)
+            shown, total = [], 0.0
+            for domain, values in scores.items():
+                headline = self.spec.headlines.get(domain, Headline())
+                value = values[headline.metric]
+                shown.append(f"{domain} {headline.metric} {value:.3f}")
+                total += value if headline.higher_is_better else -value
+            console.say(f"update {update}: val {', '.join(shown)}")
+            self.progress.last_scores = scores
+            mean = total / len(scores)
+            if self.progress.best_score is None or mean > self.progress.best_score:
+                self.progress.best_score = mean
+                self.progress.best_update = update
+                self.progress.best_seconds = self.progress.seconds
+                if self.world.is_main:
+                    save_tensors(self.folder / "weights" / "best.safetensors", self.run_parts.stored(self.model))
 
     def _recalibrate(self) -> None:
         """`bn: recalibrate`: estimate each domain's BatchNorm statistics by forward passes (spec omi_mdl 6.4)."""
@@ -282,6 +300,7 @@ class Trainer:
         for norm in norms:
             norm.use_shared = False
             norm.recalibrating = True
+            norm.reduce = sum_over_ranks if self.world.size > 1 else None
             norm.reset_statistics()
         self.model.eval()
         for norm in norms:
@@ -289,25 +308,28 @@ class Trainer:
         rounds = self.spec.recalibrate_batches
         batches = iter(self.run_parts.loader(max(0, self.spec.total_updates - rounds)))
         with torch.no_grad():
-            for _ in range(rounds * len(self.spec.batch)):
-                batch = next(batches, None)
-                if batch is None:
-                    break
-                self.model(batch.frames.to(self.device), batch.domain)
+            for batch in itertools.islice(batches, rounds * len(self.spec.domains)):
+                self.model.features(batch.frames.to(self.device), batch.domain)
         for norm in norms:
             norm.recalibrating = False
         self.model.eval()
 
 
-@dataclass
-class RunParts:
-    """What a run needs from its stage: data, validation, what to store, and the machine."""
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose keys begin with a prefix, without it."""
+    return {key[len(prefix) :]: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
-    loader: Loader
-    validate: Validate | None
-    stored: Callable[[MultiDomainModel], Mapping[str, Tensor]]
-    accelerator: Accelerator
-    world: World = field(default_factory=World)
+
+def _timed(batches: Iterable[Batch], tally: Tally) -> Iterator[Batch]:
+    """The batches; how long they kept their taker waiting goes to the tally."""
+    iterator = iter(batches)
+    while True:
+        started = time.monotonic()
+        batch = next(iterator, None)
+        tally.waited += time.monotonic() - started
+        if batch is None:
+            return
+        yield batch
 
 
 @contextlib.contextmanager

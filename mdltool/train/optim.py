@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -42,28 +42,35 @@ class ScheduleSpec:
 
 
 def make_optimizer(
-    spec: OptimizerSpec, parameters: Iterable[nn.Parameter], backbone: Iterable[nn.Parameter] = ()
+    spec: OptimizerSpec,
+    parameters: Iterable[nn.Parameter],
+    backbone: Iterable[nn.Parameter] = (),
+    decays: Mapping[int, float] | None = None,
 ) -> torch.optim.Optimizer:
-    """SGD or AdamW. `backbone` says which of the parameters take backbone_lr.
+    """SGD or AdamW, fused on GPUs. `backbone` says which of the parameters take backbone_lr; decays: id of a
+    parameter -> its own weight decay, which what `decay: matrices` exempts does not take.
 
     A group's `scale` is what the schedule's rate is multiplied with. Without options there is one group.
     """
+    parameters, decays = list(parameters), decays or {}
     own = {id(parameter) for parameter in backbone} if spec.backbone_lr is not None else set()
-    grouped: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    grouped: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for parameter in parameters:
-        decays = spec.decay == "all" or parameter.ndim > 1
-        grouped.setdefault((id(parameter) in own, decays), []).append(parameter)
+        takes_any = spec.decay == "all" or parameter.ndim > 1
+        decay = decays.get(id(parameter), spec.weight_decay) if takes_any else 0.0
+        grouped.setdefault((id(parameter) in own, decay), []).append(parameter)
     groups = [
         {
             "params": members,
-            "weight_decay": spec.weight_decay if decays else 0.0,
+            "weight_decay": decay,
             "scale": (spec.backbone_lr or spec.lr) / spec.lr if in_backbone else 1.0,
         }
-        for (in_backbone, decays), members in grouped.items()
+        for (in_backbone, decay), members in grouped.items()
     ]
+    fused = all(parameter.device.type == "cuda" for parameter in parameters)
     if spec.name == "adamw":
-        return torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas)
-    return torch.optim.SGD(groups, lr=spec.lr, momentum=spec.momentum, nesterov=spec.nesterov)
+        return torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, fused=fused)
+    return torch.optim.SGD(groups, lr=spec.lr, momentum=spec.momentum, nesterov=spec.nesterov, fused=fused)
 
 
 def learning_rate(spec: ScheduleSpec, base: float, updates: int, batches_per_update: int) -> Callable[[int], float]:

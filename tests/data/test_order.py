@@ -86,29 +86,38 @@ class TestInTurn:
 
 
 class TestShare:
-    @pytest.mark.parametrize("paired", [False, True])
+    @pytest.mark.parametrize("pairing", [None, "mirrored", "within"])
     @pytest.mark.parametrize(("world", "parts", "count"), [(1, 1, 7), (2, 1, 8), (3, 1, 7), (2, 2, 9), (1, 4, 8)])
-    def test_every_row_once(self, world: int, parts: int, count: int, paired: bool) -> None:
+    def test_every_row_once(self, world: int, parts: int, count: int, pairing: str | None) -> None:
+        batch = [Slot(row % 3 % 2, row) for row in range(count)]
         taken = [
-            Share(rank, world, parts, paired).rows(count, part)
+            Share(rank, world, parts, pairing).rows(batch, part)
             for rank, part in itertools.product(range(world), range(parts))
         ]
-        assert sorted(row for rows in taken for row in rows) == list(range(count))
-        assert all(taken), "nobody is without work"
-        if paired:
-            assert all([count - 1 - row for row in reversed(rows)] == rows for rows in taken)
+        assert sorted(row for rows, _ in taken for row in rows) == list(range(count))
+        assert all(rows for rows, _ in taken), "nobody is without work"
+        for rows, partners in taken:
+            if partners is None:
+                assert pairing is None
+                continue
+            pairs = {(row, rows[partner]) for row, partner in zip(rows, partners, strict=True)}
+            assert pairs == {(b, a) for a, b in pairs}, "partners are each other's"
+            if pairing == "mirrored":
+                assert all(a + b == count - 1 for a, b in pairs)
+            else:
+                assert all(batch[a].stream == batch[b].stream for a, b in pairs)
 
     def test_whole_batches(self) -> None:
         shares = [Share(rank, 2, by="batches") for rank in range(2)]
         assert [[s.takes(n) for n in range(4)] for s in shares] == [[True, False] * 2, [False, True] * 2]
         assert [s.batches(4) for s in shares] == [2, 2]
-        assert shares[1].rows(3, 0) == [0, 1, 2]
+        assert shares[1].rows([Slot(0, p) for p in range(3)], 0) == ([0, 1, 2], None)
 
     @pytest.mark.parametrize(
         ("share", "rows", "message"),
         [
             (Share(0, 8), 4, "a batch of 4 clips of x cannot be shared by 8 processes"),
-            (Share(0, 3, paired=True), 4, "cannot be shared by 3"),
+            (Share(0, 3, pairing="mirrored"), 4, "cannot be shared by 3"),
             (Share(0, 2, parts=3), 5, "2 processes in 3 parts"),
             (Share(0, 2, by="batches"), 4, "3 batches of an update cannot be shared by 2"),
         ],

@@ -17,8 +17,10 @@ from mdltool.errors import MdlError, Stopped
 from mdltool.model import MultiDomainModel
 from mdltool.tasks import SingleLabel
 from mdltool.train.checkpoint import load_checkpoint
-from mdltool.train.loop import RunParts, StepSpec, Trainer, TrainSpec
+from mdltool.train.loop import Trainer
+from mdltool.train.objective import Objective, TaskObjective
 from mdltool.train.optim import OptimizerSpec, ScheduleSpec, learning_rate, make_optimizer
+from mdltool.train.plan import RunParts, StepSpec, TrainSpec
 from mdltool.types import Batch
 from tests.models import clips, tiny_model
 
@@ -43,18 +45,29 @@ def spec(updates: int = 4, **changes: Any) -> TrainSpec:
     step = StepSpec(changes.pop("regime", "joint"), updates, changes.pop("optimizer", SGD), ScheduleSpec())
     fields: dict[str, Any] = {
         "steps": (step,),
-        "batch": dict.fromkeys(DOMAINS, 2),
-        "weights": dict.fromkeys(DOMAINS, 1.0),
+        "domains": DOMAINS,
+        "batches": len(DOMAINS),
         "bn": "shared",
         "channels_last": False,
     }
     return TrainSpec(**(fields | changes))
 
 
-def trainer(folder: Path, model: MultiDomainModel, plan: TrainSpec, batches=loader, validate=None) -> Trainer:
+def objective(**options: Any) -> TaskObjective:
+    return TaskObjective(dict.fromkeys(DOMAINS, SingleLabel()), **options)
+
+
+def trainer(
+    folder: Path,
+    model: MultiDomainModel,
+    plan: TrainSpec,
+    batches=loader,
+    validate=None,
+    minimised: Objective | None = None,
+) -> Trainer:
     folder.mkdir(parents=True, exist_ok=True)
-    parts = RunParts(batches, validate, lambda m: m.tensors(), Accelerator(cpu=True))
-    return Trainer(model, plan, dict.fromkeys(DOMAINS, SingleLabel()), folder, parts)
+    parts = RunParts(batches, validate, lambda m: m.tensors(), Accelerator(cpu=True), plan.batches)
+    return Trainer(model, plan, minimised or objective(), folder, parts)
 
 
 def model_of(seed: int = 0, bn: str = "shared") -> MultiDomainModel:
@@ -73,7 +86,8 @@ def test_an_update_is_the_step_of_the_sum_of_separate_gradients(tmp_path: Path, 
     model, reference = model_of(bn="frozen"), model_of(bn="frozen")
     for norm in [*model.backbone_norms(), *reference.backbone_norms()]:
         torch.nn.init.ones_(norm.weight)  # X3D begins with zero gains, which would hide the branches behind them
-    trainer(tmp_path, model, spec(1, bn="frozen", weights=weights, domain_average=average)).run()
+    plan = spec(1, bn="frozen")
+    trainer(tmp_path, model, plan, minimised=objective(weights=weights, average=average)).run()
     reference.apply_regime("joint", "frozen")
     summed: dict[str, torch.Tensor] = {}
     for domain in DOMAINS:
@@ -214,7 +228,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_clips(tmp_path: Path) -> None:
     def broken(start: int) -> Iterable[Batch]:
         one = batch("a", 0)
         one.frames[0] = float("nan")
-        return iter([one])
+        return iter([one, batch("b", 0), batch("c", 0)])
 
     with pytest.raises(MdlError, match="nan at update 1") as caught:
         trainer(tmp_path, model_of(), spec(1), broken).run()
