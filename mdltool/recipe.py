@@ -218,14 +218,12 @@ def _training_faults(recipe: Recipe) -> list[str]:
     if recipe.data.proportions is not None:
         if train.batches == "in_turn" and train.domain_order != "random":
             faults.append("data.proportions: these are for mixed batches and for train.domain_order: random")
-        for key, named in (
-            ("weights", recipe.data.proportions.weights),
-            ("replicas", recipe.data.proportions.replicas),
-        ):
-            for name in named:
-                if name not in recipe.domains:
-                    hint = did_you_mean(name, recipe.domains)
-                    faults.append(f"data.proportions.{key}.{name}: no such domain; {hint}")
+        part = recipe.data.proportions
+        named = [("weights", name) for name in part.weights] + [("replicas", name) for name in part.replicas]
+        for key, name in named:
+            if name not in recipe.domains:
+                hint = did_you_mean(name, recipe.domains)
+                faults.append(f"data.proportions.{key}.{name}: no such domain; {hint}")
     return faults
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mdltool.data.mixing import mixed_labels
 from mdltool.losses.multitrain import MultitrainLoss, Update
+from mdltool.losses.precision import full
 from mdltool.losses.targets import mixed_targets
 from mdltool.model import MultiDomainModel
 from mdltool.tasks import Task
@@ -36,6 +37,11 @@ class Clips:
     partner_B: Tensor | None = None
     own_share: float = 1.0
 
+    def partners(self) -> Tensor:
+        """partner_B; each clip itself where none is mixed."""
+        own_B = torch.arange(len(self.labels), device=self.labels.device)
+        return own_B if self.partner_B is None else self.partner_B
+
 
 @dataclass(frozen=True)
 class Part:
@@ -50,8 +56,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Smoothing:
-    """Soft targets: smoothing is spread over the classes (spec multitrain 5.3); classes: one count for every domain,
-    the authors' slip. scope: what a partner of another domain does, `masked`, `both` or `same`.
+    """Soft targets: smoothing is spread over the classes (spec multitrain 5.3); classes: one count for every
+    domain, the authors' slip. scope: what a partner of another domain does, `masked`, `both` or `same`.
     """
 
     amount: float = 0.0
@@ -98,8 +104,7 @@ class TaskObjective(Objective):
     def forward(self, model: MultiDomainModel, clips: Clips, number: int = 0) -> Part:
         domain = clips.domain
         assert domain is not None, "batches of several domains want another objective"
-        logits_BN = model(clips.frames, domain)
-        logits_BN = logits_BN if logits_BN.dtype == torch.float64 else logits_BN.float()
+        logits_BN = full(model(clips.frames, domain))
         task = self.tasks[domain]
         total = task.loss(logits_BN, self._targets(clips, task, logits_BN.shape[1]), "sum")
         losses = {domain: (total.detach(), len(clips.labels))}
@@ -111,15 +116,8 @@ class TaskObjective(Objective):
     def _targets(self, clips: Clips, task: Task, outputs: int) -> Tensor:
         if clips.partner_B is None and not self.smoothing.amount:
             return clips.labels
-        partner_B = torch.arange(len(clips.labels)) if clips.partner_B is None else clips.partner_B
-        return mixed_labels(
-            clips.labels,
-            outputs,
-            partner_B.to(clips.labels.device),
-            clips.own_share,
-            self.smoothing.amount,
-            task.name,
-        )
+        amount = self.smoothing.amount
+        return mixed_labels(clips.labels, outputs, clips.partners(), clips.own_share, amount, task.name)
 
 
 class MultitrainObjective(Objective):
@@ -156,7 +154,7 @@ class MultitrainObjective(Objective):
         total, losses = self.criterion.classification(clips.domain_B, logits, self._targets(clips), whole)
         parts: dict[str, Tensor] = {}
         if self.two_passes:
-            total = total + (z_BF.float() * self._gradients[number]).sum()
+            total = total + (full(z_BF) * self._gradients[number]).sum()
         else:
             informative, parts, _ = self.criterion.informative(z_BF, whole)
             total = total + informative
@@ -175,9 +173,9 @@ class MultitrainObjective(Objective):
     ) -> dict[str, Tensor]:
         """The first pass: the gradient of the informative loss with respect to every embedding.
 
-        batches: make a micro-batch and seed what its forward draws. counts: clips of the update by domain. backward:
-        back-propagates and returns the factor by which it scaled the loss. BatchNorm statistics are put back, since
-        the second pass moves them again. Returns the informative terms, for the log.
+        batches: make a micro-batch and seed what its forward draws. counts: clips of the update by domain.
+        backward: back-propagates and returns the factor by which it scaled the loss. BatchNorm statistics are put
+        back, since the second pass moves them again. Returns the informative terms, for the log.
         """
         self._counts = counts
         kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
@@ -188,8 +186,7 @@ class MultitrainObjective(Objective):
                 found.append(model.features(clips.frames, clips.domain).mean(dim=1))
             for buffer, value in kept:
                 buffer.copy_(value)
-        leaf_BF = torch.cat(found)
-        leaf_BF = (leaf_BF if leaf_BF.dtype == torch.float64 else leaf_BF.float()).requires_grad_()
+        leaf_BF = full(torch.cat(found)).requires_grad_()
         whole = Update(sum(counts.values()), counts, self.processes, self.gather)
         total, parts, _ = self.criterion.informative(leaf_BF, whole)
         scale = backward(total)
@@ -205,12 +202,11 @@ class MultitrainObjective(Objective):
         smoothing = self.smoothing
         if smoothing is None or (clips.partner_B is None and not smoothing.amount):
             return clips.labels
-        partner_B = torch.arange(len(clips.labels)) if clips.partner_B is None else clips.partner_B
         return mixed_targets(
             clips.labels,
             clips.domain_B,
             self.criterion.classes,
-            partner_B.to(clips.labels.device),
+            clips.partners(),
             clips.own_share,
             smoothing=smoothing.amount,
             smooth_classes=smoothing.classes,
