@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -64,12 +65,12 @@ class Artifact:
         return path
 
     def load_json(self, name: str) -> Any:
-        """The parsed content of a listed JSON file."""
+        """The parsed content of a listed JSON file. Raises MdlError where it was changed or damaged."""
         path = self.file(name)
-        try:
-            return json.loads(path.read_text())
-        except (ValueError, UnicodeDecodeError) as error:
-            raise MdlError(f"{name} is not valid JSON ({error})", path, "mdltool inspect --verify") from None
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != self.files[name].get("sha256"):
+            raise MdlError(f"{name} is not what the stage wrote (sha256 differs)", path, "make the artifact again")
+        return json.loads(data)
 
     def as_input(self, role: str) -> Input:
         return Input(role, self.kind, str(self.path.resolve()), self.digest)
@@ -96,7 +97,7 @@ def open_artifact(path: str | Path, kind: str | Iterable[str] | None = None) -> 
     """Read an artifact directory. Raises MdlError when it is missing, incomplete, newer, or of another kind."""
     path = Path(path)
     kinds = KINDS if kind is None else (kind,) if isinstance(kind, str) else tuple(kind)
-    wanted = " or ".join(kinds) if kind is not None else "an artifact"
+    wanted = f"an artifact of kind {' or '.join(kinds)}" if kind is not None else "an artifact"
     manifest_path = path / _MANIFEST
     if not manifest_path.is_file():
         raise _not_an_artifact(path, wanted)
@@ -125,12 +126,13 @@ def open_artifact(path: str | Path, kind: str | Iterable[str] | None = None) -> 
     except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise MdlError(f"artifact.json cannot be read ({error!r})", manifest_path, "make it again") from None
     if artifact.kind not in kinds:
-        raise MdlError(f"this is a {artifact.kind} artifact, not {wanted}", path, f"give the path of a {wanted}")
+        what = f"this artifact is of kind {artifact.kind}, not {' or '.join(kinds)}"
+        raise MdlError(what, path, f"give the path of {wanted}")
     return artifact
 
 
 def _not_an_artifact(path: Path, wanted: str) -> MdlError:
-    partial = path if path.name.endswith(".partial") else path.with_name(path.name + ".partial")
+    partial = path if path.name.endswith(".partial") else partial_path(path)
     if (partial / _PARTIAL).is_file():
         try:
             stage = json.loads((partial / _PARTIAL).read_text()).get("stage", "?")
@@ -139,8 +141,8 @@ def _not_an_artifact(path: Path, wanted: str) -> MdlError:
         again = "the same command with --resume" if stage == "train" else "the same command again"
         return MdlError(f"this artifact is incomplete: '{stage}' was interrupted", partial, f"run {again}")
     if not path.exists():
-        return MdlError("there is no such directory", path, f"give the path of a {wanted} artifact")
-    return MdlError("this is not an artifact (it has no artifact.json)", path, f"give the path of a {wanted}")
+        return MdlError("there is no such directory", path, f"give the path of {wanted}")
+    return MdlError("this is not an artifact (it has no artifact.json)", path, f"give the path of {wanted}")
 
 
 class Draft:
@@ -246,15 +248,16 @@ def begin(
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         return _reuse(out, header)
     partial = partial_path(out)
-    interrupted = (partial / _PARTIAL).is_file()
-    if partial.exists() and not interrupted and any(p.name != _LOCK for p in partial.iterdir()):
+    held = {path.name for path in partial.iterdir()} if partial.is_dir() else set()
+    # The header comes first, by way of a temporary: another process may be writing it at this moment.
+    if held - {_LOCK} and not held & {_PARTIAL, _PARTIAL + ".tmp"}:
         raise MdlError("this directory holds something else", partial, "give another --out, or move it away")
-    if resume == "must" and not interrupted:
+    if resume == "must" and _PARTIAL not in held:
         raise MdlError("there is nothing to resume", partial, "run without --resume")
     partial.mkdir(parents=True, exist_ok=True)
     lock = _take_lock(partial)
     resumed = False
-    if interrupted:
+    if (partial / _PARTIAL).is_file():
         resumed = _may_resume(partial, header, resume)
         if not resumed:
             _empty(partial)
@@ -340,7 +343,8 @@ def _empty(partial: Path) -> None:
 
 
 def partial_path(out: Path) -> Path:
-    return out.with_name(out.name + ".partial")
+    """Where the artifact `out` is built. `.` and `/` have no name to append to."""
+    return out.parent / (out.name + ".partial")
 
 
 def work_dir(option: Path | None) -> Path:

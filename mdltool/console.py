@@ -78,7 +78,8 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], to_
     for row in rows:
         grid.add_row(*("" if cell is None else str(cell) for cell in row))
     stream = sys.stdout if to_stdout else sys.stderr
-    Console(file=stream, highlight=False, width=None if stream.isatty() else 160).print(grid)
+    # markup off: brackets in a cell are text (mdltool[onnx], a class of that name)
+    Console(file=stream, highlight=False, markup=False, width=None if stream.isatty() else 160).print(grid)
 
 
 def _is_number(cell: Any) -> bool:
@@ -107,12 +108,12 @@ def _rich_progress(label: str, total: int | None, unit: str) -> Iterator[Callabl
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=_stderr(), transient=True) as bar:
         task = bar.add_task(label, total=total, rate="", note="")

@@ -145,7 +145,7 @@ def test_an_interrupted_build_says_so_and_resumes_only_the_same_request(tmp_path
     ("change", "message"),
     [
         (lambda m: m | {"schema": 99}, "schema 99"),
-        (lambda m: m | {"kind": "eval"}, "eval artifact, not model"),
+        (lambda m: m | {"kind": "eval"}, "of kind eval"),
         (lambda m: {k: v for k, v in m.items() if k != "digest"}, "cannot be read"),
     ],
 )
@@ -161,6 +161,36 @@ def test_missing_and_foreign_directories_are_refused(tmp_path: Path) -> None:
         open_artifact(tmp_path / "nowhere", "model")
     with pytest.raises(MdlError, match="not an artifact"):
         open_artifact(tmp_path, "model")
+
+
+@pytest.mark.parametrize("name", ["", ".", "/", ".."])
+def test_paths_without_a_name(name: str) -> None:
+    with pytest.raises(MdlError, match="not an artifact"):
+        open_artifact(name)
+    with pytest.raises(MdlError, match="holds something else"):
+        start(Path(name))
+
+
+def test_a_changed_json_file_is_not_read(tmp_path: Path) -> None:
+    draft = start(tmp_path / "m")
+    assert isinstance(draft, Draft)
+    (draft.path / "model.json").write_text('{"a": 1}')
+    artifact = draft.commit({})
+    assert artifact.load_json("model.json") == {"a": 1}
+    for changed in ("{}", '{"a": 2}', "{", ""):
+        (tmp_path / "m" / "model.json").write_text(changed)
+        with pytest.raises(MdlError, match="not what the stage wrote"):
+            artifact.load_json("model.json")
+
+
+def test_a_header_that_is_being_written_is_no_foreign_file(tmp_path: Path) -> None:
+    """Another process has made the directory and the lock, and is about to rename its header."""
+    partial = partial_path(tmp_path / "m")
+    partial.mkdir()
+    (partial / "partial.json.tmp").write_text("{")
+    draft = start(tmp_path / "m")
+    assert isinstance(draft, Draft)
+    assert draft.commit({}).files == {}
 
 
 def test_files_outside_the_directory_are_not_read(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import fcntl
 import http.client
 import os
 import re
+import string
 import time
 import urllib.error
 import urllib.parse
@@ -96,10 +97,7 @@ def download(url: str, *, sha256: str | None = None, cache: Path | None = None) 
     sha256: the hex digits that its hash starts with. cache: where to keep it (default `cache_dir()`).
     Raises NotThere, Unreachable, or MdlError for content that differs from `sha256`.
     """
-    asked = mirrored(url)
-    parts = urllib.parse.urlsplit(asked)
-    if parts.scheme not in ("http", "https", "file"):
-        raise MdlError("this address cannot be downloaded from", asked, "use an http, https or file address")
+    asked, parts = _checked(url)
     name = Path(urllib.parse.unquote(parts.path)).name or "download"
     folder = (cache or cache_dir()) / "downloads" / digest_of(asked)[:12]
     target = folder / name
@@ -119,6 +117,21 @@ def download(url: str, *, sha256: str | None = None, cache: Path | None = None) 
             )
         part.finish(target)
     return target
+
+
+def _checked(url: str) -> tuple[str, urllib.parse.SplitResult]:
+    """The address to ask, blanks and non-ASCII letters percent-encoded. Raises MdlError for a malformed one."""
+    try:
+        asked = urllib.parse.quote(mirrored(url), safe=string.punctuation)
+        parts = urllib.parse.urlsplit(asked)
+        usable = parts.scheme == "file" or (
+            parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        )
+    except ValueError:  # brackets that are no IPv6 host, a port that is no port
+        usable = False
+    if not usable:
+        raise MdlError("this address cannot be downloaded from", url, "use an http, https or file address")
+    return asked, parts
 
 
 def _agrees(path: Path, sha256: str | None) -> bool:
@@ -183,6 +196,8 @@ def _attempt(url: str, part: _Part) -> None:
         error.close()
         _judge(url, error, part, start)
     except urllib.error.URLError as error:
+        if isinstance(error.reason, FileNotFoundError):
+            raise NotThere("there is no such file", url, "put it there, or give --url or --file") from None
         raise _Cut(str(error.reason)) from None
     except (OSError, http.client.HTTPException) as error:
         raise _Cut(str(error) or type(error).__name__) from None

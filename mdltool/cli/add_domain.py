@@ -51,7 +51,7 @@ def add_domain(
 
     from mdltool.stages import add_domain as stage
 
-    target = out or place / "model" / f"{source.path.name}+{domain}"
+    target = out or place / "model" / f"{source.path.resolve().name}+{domain}"
     count = default_workers() if workers is None else workers
     artifact = stage.run(
         source,

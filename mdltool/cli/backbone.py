@@ -139,9 +139,9 @@ def fetch(
     from mdltool import console
     from mdltool.artifact import work_dir
     from mdltool.stages import fetch as stage
-    from mdltool.stages.weights import default_tag
+    from mdltool.stages.weights import check_tag, default_tag
 
-    tag = tag or default_tag(name)
+    tag = check_tag(tag or default_tag(name))
     target = out or work_dir(work) / "backbone" / f"{name}-{tag}"
     artifact = stage.fetch(
         name,
@@ -171,9 +171,9 @@ def import_backbone(
     """Read an official checkpoint into a backbone artifact. Nothing in the file is executed."""
     from mdltool import console
     from mdltool.artifact import work_dir
-    from mdltool.stages.weights import default_tag, import_weights
+    from mdltool.stages.weights import check_tag, default_tag, import_weights
 
-    tag = tag or default_tag(name)
+    tag = check_tag(tag or default_tag(name))
     target = out or work_dir(work) / "backbone" / f"{name}-{tag}"
     artifact = import_weights(name, file, target, tag=tag, classes=_lines(classes), options=_options(overrides))
     console.emit(artifact, as_json)

@@ -85,6 +85,10 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except SystemExit as end:
+        if end.code == 130:  # typer's answer to the same
+            print("interrupted", file=sys.stderr)
+        raise
     except BrokenPipeError:
         # the reader went away (| head); there is nobody to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -112,11 +116,10 @@ def _operating_system_error(error: OSError) -> None:
         errno.EDQUOT: "your quota is used up: free some space, then run the same command again",
         errno.EACCES: "check the permissions, or give another --out",
         errno.EROFS: "this file system is read-only: give another --out",
+        errno.ENAMETOOLONG: "give a shorter --out",
     }
-    where = f" ({error.filename})" if error.filename else ""
-    print(f"error: {error.strerror or error}{where}", file=sys.stderr)
-    if error.errno in fixes:
-        print(f"  fix:   {fixes[error.errno]}", file=sys.stderr)
+    fix = fixes.get(error.errno or 0, "check the path")
+    print(f"error: {MdlError(error.strerror or str(error), error.filename, fix)}", file=sys.stderr)
     sys.exit(1)
 
 

@@ -40,5 +40,5 @@ def remove(
 
     place = work_dir(work)
     source = resolve(model, "model", place)
-    target = out or place / "model" / f"{source.path.name}-{domain}"
+    target = out or place / "model" / f"{source.path.resolve().name}-{domain}"
     console.emit(stage.run(source, domain, target, work=place), as_json)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,10 @@ from mdltool.registry import did_you_mean
 from mdltool.schema import Recipe
 from mdltool.stages.fitting import fit, gather_data
 from mdltool.train.checkpoint import save_tensors
+
+# What a recipe says of the training alone. The rest describes the network, its input or its test protocol.
+_CHANGEABLE = r"train\.(?!bn\b)|domains\.|data\.(batch|augment)\b|losses\b|val\b"
+_CHANGEABLE_KEYS = "keys of train (but bn), domains, data.batch, data.augment, losses and val can be set"
 
 
 def run(
@@ -53,11 +58,15 @@ def run(
         return draft
     seeded(recipe.train.seed)
     names = data[domain].train_index.classes
-    model = extended(load_model(source, work=work), domain, len(names), start_from)
+    try:
+        model = extended(load_model(source, work=work), domain, len(names), start_from)
+    except MdlError:
+        draft.abandon(keep=draft.resumed)
+        raise
     progress = fit(recipe, model, data, draft.path, own_backbone=own, workers=workers, only=domain)
     model.to("cpu")
     save_tensors(draft.path / "weights" / "last.safetensors", stored_tensors(model, own))
-    whole = {**content["recipe"], "domains": {**content["recipe"]["domains"], **recipe.model_dump()["domains"]}}
+    whole = _joined(content["recipe"], recipe, domain)
     classes = {name: tuple(entry["classes"]) for name, entry in content["domains"].items()} | {domain: names}
     write_model_json(draft.path, model.spec, whole, classes, own, model.parameter_counts())
     write_text(draft.path / "recipe.yaml", yaml.safe_dump(whole, sort_keys=False))
@@ -70,6 +79,15 @@ def run(
         "val": progress.last_scores,
     }
     return draft.commit(summary, volatile=("metrics.jsonl", "tensorboard"), drop=("checkpoints",))
+
+
+def _joined(stored: dict[str, Any], recipe: Recipe, domain: str) -> dict[str, Any]:
+    """The model's recipe with the new domain."""
+    batch = stored["data"]["batch"]
+    if isinstance(batch, dict):
+        batch = {**batch, domain: recipe.data.batch}
+    domains = {**stored["domains"], **recipe.model_dump(mode="json")["domains"]}
+    return {**stored, "domains": domains, "data": {**stored["data"], "batch": batch}}
 
 
 def _check(content: dict[str, Any], domain: str, start_from: str | None) -> None:
@@ -92,5 +110,7 @@ def _recipe_for(stored: dict[str, Any], domain: str, overrides: Sequence[str], s
         "data": {**stored["data"], "batch": max(batch.values()) if isinstance(batch, dict) else batch},
     }
     for override in overrides:
+        if not re.match(_CHANGEABLE, override):
+            raise MdlError("the finished model settles this key", f"--set {override}", _CHANGEABLE_KEYS)
         apply_override(content, override)
     return validate(content, source.path)

@@ -9,7 +9,7 @@ import yaml
 from mdltool.artifact import Artifact, begin
 from mdltool.errors import MdlError
 from mdltool.files import write_text
-from mdltool.model_store import find_backbone, load_model, reduced, stored_tensors, write_model_json
+from mdltool.model_store import WEIGHTS, find_backbone, load_model, reduced, stored_tensors, write_model_json
 from mdltool.registry import did_you_mean
 from mdltool.train.checkpoint import save_tensors
 
@@ -27,8 +27,13 @@ def run(source: Artifact, domain: str, out: Path, *, work: Path) -> Artifact:
     draft = begin(out, kind="model", stage="model rm", inputs=inputs, request={"domain": domain})
     if isinstance(draft, Artifact):
         return draft
-    model = reduced(load_model(source, work=work), domain)
-    save_tensors(draft.path / "weights" / "last.safetensors", stored_tensors(model, own))
+    try:
+        for weights in [name for name in WEIGHTS if f"weights/{name}.safetensors" in source.files]:
+            model = reduced(load_model(source, weights, work), domain)
+            save_tensors(draft.path / "weights" / f"{weights}.safetensors", stored_tensors(model, own))
+    except MdlError:
+        draft.abandon()
+        raise
     kept = {name: classes for name, classes in domains.items() if name != domain}
     recipe = {**content["recipe"], "domains": {n: d for n, d in content["recipe"]["domains"].items() if n in kept}}
     batch = recipe["data"]["batch"]

@@ -52,6 +52,13 @@ def default_tag(name: str) -> str:
     return next(iter(BACKBONES.load(name, "NAME").weight_sources), "imported")
 
 
+def check_tag(tag: str) -> str:
+    """The tag. Raises MdlError for one that cannot stand in a directory's name."""
+    if not re.fullmatch(r"[\w.+=-]+", tag):
+        raise MdlError(f"'{tag}' cannot be a tag", "--tag", "use letters, digits and . _ - + =")
+    return tag
+
+
 def import_weights(
     name: str,
     path: Path,
@@ -146,6 +153,9 @@ def _read_file(file: Path) -> dict[str, Tensor]:
         head = handle.read(9)
     if head[8:] == b"{":  # safetensors: the header's length, then JSON
         return read_tensors(file)
+    if not head or head.lstrip().startswith(b"<"):
+        what = "is a web page, no checkpoint" if head else "is empty, no checkpoint"
+        raise MdlError(f"this file {what}", file, "download the checkpoint again; look at its address")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch warns of is refused or read
@@ -178,7 +188,8 @@ def _refused(file: Path, error: Exception) -> MdlError:
         detail = f"objects of {wanted[1]} beside its tensors" if records else f"a whole module ({wanted[1]})"
         lines = _RECORD_LINES if records else _MODULE_LINES
         return MdlError(f"{what}: it pickles {detail}", file, lines.format(file=file.name))
-    first = (reason.strip().splitlines() or [type(error).__name__])[0]
+    # The first sentence: torch goes on to advise reading the file by running it.
+    first = re.split(r"[.\n] ?", reason.strip())[0] or type(error).__name__
     return MdlError(
         f"this file is no checkpoint that can be read without running code in it ({first})",
         file,

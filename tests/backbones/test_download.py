@@ -120,10 +120,22 @@ def test_two_processes(server: Server) -> None:
         download.download(f"{server.url}/a.bin")
 
 
+def test_blanks_and_letters_in_the_address(server: Server, tmp_path: Path) -> None:
+    server.files["/a%20b/%C3%BC.bin"] = DATA
+    for address in ("/a b/ü.bin", "/a%20b/%C3%BC.bin"):
+        path = download.download(server.url + address)
+        assert (path.name, path.read_bytes()) == ("ü.bin", DATA)
+    (tmp_path / "a ü.bin").write_bytes(DATA)
+    assert download.download(f"file://{tmp_path}/a ü.bin").read_bytes() == DATA
+
+
 def test_places_that_do_not_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MdlError, match="cannot be downloaded from"):
         download.download("ftp://127.0.0.1/a.bin")
-    with pytest.raises(Unreachable, match=r"a\.bin"):
+    for address in ("http://", "http://[::1", "http://127.0.0.1:99999999/a.bin", "a.bin", ""):
+        with pytest.raises(MdlError, match="cannot be downloaded from"):
+            download.download(address)
+    with pytest.raises(NotThere, match="no such file"):
         download.download((tmp_path / "a.bin").as_uri())
     (tmp_path / "a.bin").write_bytes(DATA)
     (tmp_path / "full").write_text("")

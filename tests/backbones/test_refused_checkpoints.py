@@ -146,8 +146,15 @@ def test_records_beside_the_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_damaged_file(tmp_path: Path) -> None:
     (tmp_path / "page.pth").write_text("<html>not found</html>")
-    with pytest.raises(MdlError, match="no checkpoint"):
+    with pytest.raises(MdlError, match="web page, no checkpoint"):
         read_checkpoint(tmp_path / "page.pth")
+    (tmp_path / "empty.pth").touch()
+    with pytest.raises(MdlError, match="empty, no checkpoint"):
+        read_checkpoint(tmp_path / "empty.pth")
+    (tmp_path / "text.pth").write_text("not found")
+    with pytest.raises(MdlError, match="no checkpoint") as caught:
+        read_checkpoint(tmp_path / "text.pth")
+    assert "arbitrary code" not in str(caught.value), "torch's own advice is to run the file"
     (tmp_path / "cut.safetensors").write_bytes(b"\xff\0\0\0\0\0\0\0{")
     with pytest.raises(MdlError, match="safetensors"):
         read_checkpoint(tmp_path / "cut.safetensors")

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from mdltool import console
 from mdltool.cli.main import COMMANDS, app
 from tests.conftest import Ran, World
 
@@ -69,10 +70,12 @@ def test_usage_errors_exit_with_2(mdltool: Callable[..., Ran]) -> None:
         (("describe", "tiny_demo", "--set", "train.sed=1"), ("train.sed: unknown key", "'seed'")),
         (("describe", "tiny_pretrain"), ("does not say how many classes", "--set domains.source.classes=N")),
         (("describe", "tiny_demo", "--views", "3x2"), ("'3x2' is no choice of views",)),
-        (("inspect", "nowhere"), ("no such directory",)),
+        (("inspect", "nowhere"), ("no such directory", "give the path of an artifact")),
+        (("inspect", "."), ("not an artifact",)),
         (("eval", "nowhere"), ("no such directory",)),
         (("backbone", "show", "x3d"), ("no backbone 'x3d'", "did you mean")),
         (("backbone", "import", "x3d_m", "--file", "nowhere.pyth"), ("no such file",)),
+        (("backbone", "import", "x3d_m", "--file", "x", "--tag", "../x"), ("'../x' cannot be a tag",)),
         (("recipe", "list", "--family", "omni"), ("no family 'omni'", "did you mean 'omi'")),
         (("recipe", "show", "nowhere.yaml"), ("no such recipe file",)),
         (
@@ -90,6 +93,23 @@ def test_bad_input_is_one_message_and_exit_code_1(
     assert ran.err.startswith("error: ")
     assert "Traceback" not in ran.err
     assert all(part in ran.err for part in parts), ran.err
+
+
+def test_ctrl_c_is_130_and_a_word(mdltool: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
+    import mdltool.stages.describe as stage
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage, "run", interrupted)
+    ran = mdltool("describe", "tiny_demo")
+    assert (ran.code, ran.out, ran.err.strip()) == (130, "", "interrupted")
+
+
+def test_brackets_in_a_table_are_text(capsys: pytest.CaptureFixture[str]) -> None:
+    console.table("a [b]", ("[c]",), [("[/d]",), ("mdltool[onnx]",)], to_stdout=True)
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in ("a [b]", "[c]", "[/d]", "mdltool[onnx]"))
 
 
 def test_defects_exit_with_70_and_a_traceback(mdltool: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +133,7 @@ def test_a_full_disk_is_a_message(mdltool: Callable[..., Ran], monkeypatch: pyte
     monkeypatch.setattr(stage, "run", full)
     ran = mdltool("describe", "tiny_demo")
     assert ran.code == 1
-    assert "No space left on device (/somewhere)" in ran.err
+    assert "No space left on device\n  where: /somewhere\n  fix:   free some space" in ran.err
     assert "finished work is kept" in ran.err
 
 
@@ -206,7 +226,7 @@ def test_the_wrong_kind_by_pipe_is_refused(world: World, tmp_path: Path) -> None
         cwd=tmp_path,
     )
     assert ran.returncode == 1
-    assert "shards artifact, not model" in ran.stderr
+    assert "of kind shards, not model" in ran.stderr
 
 
 def test_version(mdltool: Callable[..., Ran]) -> None:

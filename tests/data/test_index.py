@@ -17,6 +17,7 @@ import pytest
 from mdltool.artifact import Artifact, begin, open_artifact
 from mdltool.data.index import ShardIndex
 from mdltool.errors import MdlError
+from mdltool.files import sha256_file
 from tests.data.tiny_shards import write_shards
 
 VIDEOS = [bytes([65 + i]) * (700 + 300 * i) for i in range(7)]  # the index does not look into them
@@ -77,6 +78,9 @@ def rewritten(shards: Artifact, change: Callable[[dict[str, Any]], object]) -> A
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
+    manifest = shards.manifest
+    manifest["files"]["index.json"] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    (shards.path / "artifact.json").write_text(json.dumps(manifest))
     return open_artifact(shards.path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from mdltool.artifact import open_artifact
 from mdltool.model_store import load_model
+from mdltool.recipe import load
 from tests.conftest import TINY, Ran, World
 
 
@@ -49,6 +51,59 @@ def test_every_old_tensor_and_output_stays(
     again = load_model(open_artifact(smaller))
     assert set(again.tensors()) == set(before)
     assert all(torch.equal(again.tensors()[key], tensor) for key, tensor in before.items())
+
+
+def test_the_best_weights_stay_without_a_domain(
+    model: Path, world: World, mdltool: Callable[..., Ran], tmp_path: Path
+) -> None:
+    val = ("--data", f"neon={world.shards('neon', 'val')}", "--set", "val.every=1")
+    larger = add(model, world, mdltool, tmp_path / "larger", *val).path
+    smaller = mdltool("model", "rm", "neon", larger, "--work", world.work, "--out", tmp_path / "smaller").path
+    best, kept = (load_model(open_artifact(path), "best").tensors() for path in (larger, smaller))
+    assert kept
+    assert all(torch.equal(best[key], tensor) for key, tensor in kept.items())
+
+
+def test_names_follow_the_model_behind_a_link(
+    model: Path, world: World, mdltool: Callable[..., Ran], tmp_path: Path
+) -> None:
+    (tmp_path / "latest").symlink_to(model)
+    data = ("--data", f"neon={world.shards('neon', 'train')}", "--work", tmp_path)
+    assert mdltool("add-domain", tmp_path / "latest", *data).path.name == "model+neon"
+
+
+def test_a_model_that_cannot_be_read_leaves_nothing_behind(
+    model: Path, world: World, mdltool: Callable[..., Ran], tmp_path: Path
+) -> None:
+    cut = tmp_path / "cut"
+    shutil.copytree(model, cut)
+    with open(cut / "weights" / "last.safetensors", "r+b") as handle:
+        handle.truncate(1000)
+    ran = add(cut, world, mdltool, tmp_path / "x")
+    assert (ran.code, "cannot be read" in ran.err) == (1, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["cut"]
+
+
+def test_a_finished_model_settles_its_network_and_input(
+    model: Path, world: World, mdltool: Callable[..., Ran], tmp_path: Path
+) -> None:
+    for key in ("data.frames=8", "backbone.name=x3d_m", "adapters=[]", "train.bn=shared", "views.grid=1x1"):
+        ran = add(model, world, mdltool, tmp_path / "x", "--set", key)
+        assert (ran.code, "the finished model settles this key" in ran.err) == (1, True), key
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_batch_of_each_domain_grows_with_the_model(
+    world: World, mdltool: Callable[..., Ran], tmp_path: Path
+) -> None:
+    words = [*world.train_words(), "--set", "data.batch={chalk: 4, neon: 2}", "--out", tmp_path / "two"]
+    two = mdltool(*words).path
+    shards = tmp_path / "shards"
+    words = ["--format", "folder", "--domain", "dusk", "--split", "train", "--out", shards]
+    mdltool("shard", world.videos / "chalk" / "train", *words)
+    data = ("--data", f"dusk={shards}", "--set", "data.batch=3", "--work", world.work)
+    three = mdltool("add-domain", two, *data, "--out", tmp_path / "three").path
+    assert load(str(three / "recipe.yaml")).data.batch == {"chalk": 4, "neon": 2, "dusk": 3}
 
 
 def test_bad_requests(model: Path, world: World, mdltool: Callable[..., Ran], tmp_path: Path) -> None:
