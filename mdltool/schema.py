@@ -62,13 +62,17 @@ class BackbonePart(OpenPart):
 
 class DomainPart(Part):
     """classes: how many; needed by `describe`, otherwise read from the shards and checked against them. weight: of
-    the domain's loss. weight_decay: of its own parameters, where it is not the optimizer's.
+    the domain's loss. weight_decay: of its own parameters, where it is not the optimizer's. sampling, flip, views:
+    of this domain, where they are not those of `data.sampling`, `data.augment.flip` and `views.grid`.
     """
 
     task: str = "single_label"
     classes: Positive | None = None
     weight: Annotated[float, Field(ge=0)] = 1.0
     weight_decay: Annotated[float, Field(ge=0)] | None = None
+    sampling: SamplingPart | None = None
+    flip: Fraction | None = None
+    views: Grid | None = None
 
 
 class AdapterPart(OpenPart):

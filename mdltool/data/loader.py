@@ -37,6 +37,15 @@ _TRAINERS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 @dataclass(frozen=True)
+class Stream:
+    """One domain's shards, and how a position in them becomes a training clip."""
+
+    index: ShardIndex
+    sampling: Sampling
+    transform: TrainTransform
+
+
+@dataclass(frozen=True)
 class ClipViews:
     """All views of one clip; views is None and error says why where it cannot be decoded."""
 
@@ -66,8 +75,9 @@ def trim_of(metadata: dict[str, Any]) -> tuple[float, float] | None:
 class TrainLoader:
     """This process's micro-batches, from `start_update` to before `updates`, in the order of `order`.
 
-    indices: of the order's domains. A clip that cannot be decoded gives way to the next of its permutation, and
-    Batch.skipped says so. per_update: micro-batches of an update.
+    streams: the order's domains; all with the same number of frames and the same crop. A clip that cannot be
+    decoded gives way to the next of its permutation, and Batch.skipped says so. per_update: micro-batches of an
+    update.
 
     Raises MdlError for shards without clips, a batch that cannot be shared, and, while iterating, for shards that
     are damaged or hold no clip that decodes.
@@ -75,26 +85,24 @@ class TrainLoader:
 
     def __init__(
         self,
-        indices: Sequence[ShardIndex],
+        streams: Sequence[Stream],
         order: Order,
         *,
-        sampling: Sampling,
-        transform: TrainTransform,
         seed: int,
         workers: int,
         updates: range,
         share: Share | None = None,
     ) -> None:
-        for index in indices:
+        for index in (stream.index for stream in streams):
             if len(index) == 0:
                 raise MdlError(f"the shards of {index.domain} hold no clips", index.folder, "shard again")
-        self.names = [index.domain for index in indices]
+        self.names = [stream.index.domain for stream in streams]
         self.order = order
         self.share = share or Share()
         for batch in next(order.updates(0, 1)):
             self.share.check(len(batch), order.batches, " and ".join(rows_of(batch, self.names)))
         self.per_update = self.share.batches(order.batches)
-        self.batches = _Batches([_StreamReader(index, seed, sampling, transform) for index in indices])
+        self.batches = _Batches([_StreamReader(stream, seed) for stream in streams])
         self.updates = updates
         self.workers = _usable(workers, len(updates) * self.per_update, "batches")
 
@@ -137,11 +145,11 @@ class ViewLoader:
 class _StreamReader:
     """Clips of one domain by their position in its endless stream."""
 
-    def __init__(self, index: ShardIndex, seed: int, sampling: Sampling, transform: TrainTransform) -> None:
-        self.index = index
+    def __init__(self, stream: Stream, seed: int) -> None:
+        self.index = stream.index
         self.seed = seed
-        self.sampling = sampling
-        self.transform = transform
+        self.sampling = stream.sampling
+        self.transform = stream.transform
         self._orders: dict[int, np.ndarray] = {}
 
     def load(self, slot: Slot, out_CTHW: torch.Tensor) -> tuple[int, list[tuple[str, str]]]:

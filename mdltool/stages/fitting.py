@@ -11,7 +11,7 @@ import torch
 from mdltool import console
 from mdltool.artifact import Artifact
 from mdltool.data.index import ShardIndex
-from mdltool.data.loader import TrainLoader, ViewLoader
+from mdltool.data.loader import Stream, TrainLoader, ViewLoader
 from mdltool.data.order import Order
 from mdltool.errors import MdlError
 from mdltool.evaluate.scores import DomainScores, score_domain, tensors_of
@@ -174,10 +174,11 @@ def fit(
 
     def loader(start_update: int) -> TrainLoader:
         return TrainLoader(
-            [data[name].train_index for name in recipe.domains],
+            [
+                Stream(data[name].train_index, sampling(recipe, name), train_transform(recipe, name))
+                for name in recipe.domains
+            ],
             order,
-            sampling=sampling(recipe),
-            transform=train_transform(recipe),
             seed=recipe.train.seed,
             workers=workers,
             updates=range(start_update, spec.total_updates),
@@ -220,7 +221,7 @@ def _validate_domain(
 ) -> dict[str, float]:
     """The task's metrics and its loss, which is over the clips that decode; NaN where none does."""
     task = TASKS.load(recipe.domains[domain].task)()
-    loader = ViewLoader(index, val_views(recipe), workers=workers, rank=world.rank, world=world.size)
+    loader = ViewLoader(index, val_views(recipe, domain), workers=workers, rank=world.rank, world=world.size)
     own = score_domain(model, loader, domain, task, device=model.mean.device)
     shares = gather_objects(own, world)
     metrics = _metrics(task, shares[0].merge(shares[1:]), index) if shares is not None else None

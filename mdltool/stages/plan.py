@@ -108,21 +108,21 @@ def mix_of(recipe: Recipe) -> MixSpec | None:
     return MixSpec(part.mixup, part.cutmix, part.mix_probability, part.switch_probability)
 
 
-def sampling(recipe: Recipe) -> Sampling:
-    """How frames are picked from a stretch of video."""
-    part = recipe.data.sampling
+def sampling(recipe: Recipe, domain: str) -> Sampling:
+    """How frames are picked from a stretch of a domain's video."""
+    part = recipe.domains[domain].sampling or recipe.data.sampling
     return Sampling(recipe.data.frames, part.clip_seconds, part.short, part.index, part.stride_frames)
 
 
-def train_transform(recipe: Recipe) -> TrainTransform:
-    """The augmentation of single clips; mixing, smoothing and repetition are the training's."""
-    part = recipe.data.augment
+def train_transform(recipe: Recipe, domain: str) -> TrainTransform:
+    """The augmentation of a domain's single clips; mixing, smoothing and repetition are the training's."""
+    part, flip = recipe.data.augment, recipe.domains[domain].flip
     resized = part.crop == "resized"
     ops, box = part.rand_augment, part.erase
     return TrainTransform(
         short_side=None if resized else part.short_side,
         crop=recipe.data.crop,
-        flip=part.flip,
+        flip=part.flip if flip is None else flip,
         area=part.area if resized else None,
         aspect=part.aspect,
         rand_augment=RandAugmentSpec(ops.ops, ops.magnitude, ops.std, ops.probability) if ops else None,
@@ -130,14 +130,19 @@ def train_transform(recipe: Recipe) -> TrainTransform:
     )
 
 
-def eval_views(recipe: Recipe, grid: str | None = None) -> ViewSpec:
-    """The views of the test protocol; grid (`TxS`) overrides the recipe's."""
+def grid_of(recipe: Recipe, domain: str, grid: str | None = None) -> str:
+    """A domain's `TxS` views of the test protocol; `grid` overrides the recipe's."""
+    return grid or recipe.domains[domain].views or recipe.views.grid
+
+
+def eval_views(recipe: Recipe, domain: str, grid: str | None = None) -> ViewSpec:
+    """The views of the test protocol."""
     part = recipe.views
-    temporal, spatial = parse_views(grid or part.grid)
+    temporal, spatial = parse_views(grid_of(recipe, domain, grid))
     return ViewSpec(
         temporal=temporal,
         spatial=spatial,
-        sampling=sampling(recipe),
+        sampling=sampling(recipe, domain),
         short_side=part.short_side,
         crop=recipe.data.crop,
         starts="centre" if temporal == 1 else part.starts,
@@ -147,13 +152,13 @@ def eval_views(recipe: Recipe, grid: str | None = None) -> ViewSpec:
     )
 
 
-def val_views(recipe: Recipe) -> ViewSpec:
+def val_views(recipe: Recipe, domain: str) -> ViewSpec:
     """The views of the validation inside training: one centre view unless the recipe says otherwise."""
     temporal, spatial = parse_views(recipe.val.views)
     return ViewSpec(
         temporal=temporal,
         spatial=spatial,
-        sampling=sampling(recipe),
+        sampling=sampling(recipe, domain),
         short_side=recipe.val.short_side or recipe.views.short_side,
         crop=recipe.data.crop,
         starts="centre" if temporal == 1 else recipe.views.starts,

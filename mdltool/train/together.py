@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mdltool.artifact import Artifact, Draft, Input, begin, open_artifact
-from mdltool.errors import MdlError
+from mdltool.errors import Elsewhere, MdlError
 from mdltool.train.distributed import World, broadcast_object
 
 
@@ -36,7 +36,7 @@ def begin_together(
             fault = error
     fault, whole = broadcast_object((fault, isinstance(draft, Artifact)), world)
     if fault is not None:
-        raise fault
+        raise fault if world.is_main else Elsewhere(str(fault))
     return open_artifact(out, kind) if whole else draft
 
 

@@ -29,7 +29,7 @@ from clips import write_clip
 from mdltool.data import loader
 from mdltool.data.decode import Choose, Decoded, decode
 from mdltool.data.index import ShardIndex
-from mdltool.data.loader import TrainLoader
+from mdltool.data.loader import Stream, TrainLoader
 from mdltool.data.order import InTurn
 from mdltool.data.sampling import Sampling
 from mdltool.data.transforms import TrainTransform
@@ -64,10 +64,8 @@ def compare(index: ShardIndex, options: argparse.Namespace) -> int:
     def load(workers: int) -> None:
         order = InTurn({index.domain: len(index)}, {index.domain: options.batch}, 0)
         for _ in TrainLoader(
-            [index],
+            [Stream(index, SAMPLING, TRANSFORM)],
             order,
-            sampling=SAMPLING,
-            transform=TRANSFORM,
             seed=0,
             workers=workers,
             updates=range(options.updates),

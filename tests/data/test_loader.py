@@ -20,7 +20,7 @@ import torch
 
 from mdltool.data import loader as loader_module
 from mdltool.data.index import ShardIndex
-from mdltool.data.loader import ClipViews, TrainLoader, ViewLoader, epoch_order
+from mdltool.data.loader import ClipViews, Stream, TrainLoader, ViewLoader, epoch_order
 from mdltool.data.order import InTurn, Order, Share
 from mdltool.data.sampling import Sampling
 from mdltool.data.transforms import TrainTransform
@@ -68,10 +68,8 @@ def batches(
     clips = {index.domain: len(index) for index in indices}
     order = order or InTurn(clips, dict.fromkeys(clips, batch), seed, domain_order, rounds)
     loader = TrainLoader(
-        indices,
+        [Stream(index, SAMPLING, TRANSFORM) for index in indices],
         order,
-        sampling=SAMPLING,
-        transform=TRANSFORM,
         seed=seed,
         workers=workers,
         updates=range(start_update, updates),
