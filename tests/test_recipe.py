@@ -74,7 +74,7 @@ def test_all_faults_are_reported_together_with_paths_and_nearest_keys() -> None:
         ("train.steps.0.regime", "jont", "train.steps.0.regime"),
         ("train.steps", [], "train.steps"),
         ("data.frames", 0, "data.frames"),
-        ("domains.chalk.task", "regression", "no shards carry labels for 'regression' yet"),
+        ("domains.chalk.task", "regresion", "there is no task 'regresion'; did you mean 'regression'?"),
     ],
 )
 def test_single_faults(path: str, value: Any, message: str) -> None:

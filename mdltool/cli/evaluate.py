@@ -71,16 +71,17 @@ _PRECISIONS = ("fp32", "bf16", "fp16")
 
 def _table(metrics: dict[str, Any]) -> None:
     from mdltool import console
+    from mdltool.evaluate.metrics import METRICS, shown
 
+    domains = metrics["domains"]
+    names = [name for name in METRICS if any(name in entry["metrics"] for entry in domains.values())]
     rows = []
-    for domain, entry in metrics["domains"].items():
+    for domain, entry in domains.items():
         clips = entry["clips"]
-        values = [f"{100 * value:.2f}" for value in entry["metrics"].values()]
+        values = [shown(name, entry["metrics"].get(name)) for name in names]
         rows.append((domain, *values, clips["evaluated"], clips["listed"], len(clips["missing"])))
-    names = list(next(iter(metrics["domains"].values()))["metrics"])
-    if len(rows) > 1:
-        rows.append(
-            ("mean", *(f"{100 * metrics['mean'][n]:.2f}" for n in names if n in metrics["mean"]), "", "", "")
-        )
-    columns = ("domain", *(f"{n} %" for n in names), "clips", "listed", "missing")
+    if len(rows) > 1 and metrics["mean"]:
+        rows.append(("mean", *(shown(name, metrics["mean"].get(name)) for name in names), "", "", ""))
+    headings = (f"{name} %" if METRICS[name].endswith("%") else name for name in names)
+    columns = ("domain", *headings, "clips", "listed", "missing")
     console.table(f"{metrics['views']} views", columns, rows)

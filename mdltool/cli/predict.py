@@ -22,13 +22,16 @@ def predict(
         list[Path], typer.Argument(help="A model artifact (default: piped, else the latest), then video files.")
     ],
     domain: Annotated[str | None, typer.Option("--domain", help="Which domain's adapters and labels.")] = None,
-    topk: Annotated[int, typer.Option("--topk", min=1, help="How many labels a video.")] = 5,
+    topk: Annotated[int, typer.Option("--topk", min=1, help="How many labels a video (a regression: all).")] = 5,
     views: Annotated[str | None, typer.Option("--views", help="TxS (default: the recipe's).")] = None,
     weights: Annotated[str, typer.Option("--weights", help="last or best.")] = "last",
     work: options.Work = None,
     as_json: options.Json = False,
 ) -> None:
-    """Labels for video files: one line a label, `video<TAB>label<TAB>score`; with --json one object a video."""
+    """Labels for video files: one line a label, `video<TAB>label<TAB>score`; with --json one object a video.
+
+    Of a domain with several labels a clip the scores are each class's own; of a regression, every target's value.
+    """
     import json
 
     from mdltool import console

@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from mdltool.data.index import ShardIndex
 from mdltool.data.loader import ClipViews
 from mdltool.model import MultiDomainModel
 from mdltool.tasks import Task
@@ -20,26 +22,27 @@ _VIEWS_PER_FORWARD = 32
 class DomainScores:
     """Scores of the clips of one domain that this process saw; `score_domain` fills it.
 
-    scores: one [N] tensor a clip, probabilities or the mean of logits made probabilities. missing: (key, reason).
+    scores: one [N] tensor a clip, probabilities or the mean of logits made probabilities. logits: likewise, the
+    mean over views. missing: (key, reason).
     """
 
     keys: list[str] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
     scores: list[Tensor] = field(default_factory=list)
-    missing: list[tuple[str, int, str]] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+    missing: list[tuple[str, str]] = field(default_factory=list)
     distinct_views: int | None = None
     backends: set[str] = field(default_factory=set)
 
     def merge(self, others: Iterable[DomainScores]) -> DomainScores:
         """This process's scores and the others', ordered by key: the same whatever the number of processes."""
         parts = [self, *others]
-        rows = [row for part in parts for row in zip(part.keys, part.labels, part.scores, strict=True)]
+        rows = [row for part in parts for row in zip(part.keys, part.scores, part.logits, strict=True)]
         rows.sort(key=lambda row: row[0])
         distinct = [part.distinct_views for part in parts if part.distinct_views is not None]
         return DomainScores(
             keys=[row[0] for row in rows],
-            labels=[row[1] for row in rows],
-            scores=[row[2] for row in rows],
+            scores=[row[1] for row in rows],
+            logits=[row[2] for row in rows],
             missing=sorted(entry for part in parts for entry in part.missing),
             distinct_views=min(distinct) if distinct else None,
             backends=set().union(*(part.backends for part in parts)),
@@ -70,16 +73,21 @@ def score_domain(
             with autocast():
                 logits = model(frames, domain)
             logits = logits.float().cpu()
-            per_view = task.probabilities(logits) if average == "probs" else logits
             sizes = [len(clip.views.frames) for clip in group if clip.views is not None]
-            for clip, part in zip(group, per_view.split(sizes), strict=True):
-                mean = part.double().mean(dim=0).float()
+            for clip, part in zip(group, logits.split(sizes), strict=True):
+                mean = _mean(part)
                 found.keys.append(clip.key)
-                found.labels.append(clip.label)
-                found.scores.append(mean if average == "probs" else task.probabilities(mean))
+                found.scores.append(
+                    _mean(task.probabilities(part)) if average == "probs" else task.probabilities(mean)
+                )
+                found.logits.append(mean)
             if advance is not None:
                 advance(len(group))
     return found
+
+
+def _mean(views_VN: Tensor) -> Tensor:
+    return views_VN.double().mean(dim=0).float()
 
 
 def _groups(clips: Iterable[ClipViews], found: DomainScores) -> Iterator[list[ClipViews]]:
@@ -87,7 +95,7 @@ def _groups(clips: Iterable[ClipViews], found: DomainScores) -> Iterator[list[Cl
     views = 0
     for clip in clips:
         if clip.views is None:
-            found.missing.append((clip.key, clip.label, clip.error or "cannot be decoded"))
+            found.missing.append((clip.key, clip.error or "cannot be decoded"))
             continue
         count = len(clip.views.frames)
         found.backends.add(clip.views.backend)
@@ -101,15 +109,20 @@ def _groups(clips: Iterable[ClipViews], found: DomainScores) -> Iterator[list[Cl
         yield group
 
 
-def tensors_of(found: DomainScores, num_classes: int, count_missing: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(scores [M, N], labels [M], wrong [M]); missing clips come last, with zero scores, when they count."""
-    scores = list(found.scores)
-    labels = list(found.labels)
-    wrong = [False] * len(scores)
-    if count_missing:
-        for _, label, _ in found.missing:
-            scores.append(torch.zeros(num_classes))
-            labels.append(label)
-            wrong.append(True)
-    stacked = torch.stack(scores) if scores else torch.zeros(0, num_classes)
-    return stacked, torch.tensor(labels, dtype=torch.long), torch.tensor(wrong, dtype=torch.bool)
+def tensors_of(found: DomainScores, index: ShardIndex, count_missing: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(scores [M, N], labels [M] or [M, N] as the index has them, wrong [M]).
+
+    Missing clips come last, with zero scores, when they count.
+    """
+    missing = [key for key, _ in found.missing] if count_missing else []
+    scores = torch.zeros(len(found.keys) + len(missing), len(index.classes))
+    for row, given in zip(scores, found.scores, strict=False):
+        row.copy_(given)
+    labels = torch.from_numpy(labels_of(index, [*found.keys, *missing]))
+    return scores, labels, torch.arange(len(scores)) >= len(found.keys)
+
+
+def labels_of(index: ShardIndex, keys: Iterable[str]) -> np.ndarray:
+    """The labels of these clips, in this order."""
+    rows = {key: row for row, key in enumerate(index.keys)}
+    return index.labels[np.array([rows[key] for key in keys], dtype=np.int64)]

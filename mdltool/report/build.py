@@ -9,8 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from mdltool.artifact import Artifact
+from mdltool.evaluate.metrics import METRICS, shown
 from mdltool.lineage import Node
 from mdltool.report import branches, page, plots
+
+_HEADLINES = {"top1": "top-1, %", "map": "mAP, %", "mse": "MSE"}
+# By task: the key in per_class, how it is called, and what it is of.
+_PER_CLASS = {
+    "single_label": ("accuracy", "accuracy, %", "class"),
+    "multi_label": ("average_precision", "average precision, %", "class"),
+    "regression": ("mse", "MSE", "target"),
+}
 
 
 @dataclass(frozen=True)
@@ -65,19 +74,21 @@ def headline(evals: Sequence[Evaluated]) -> str:
     """Model x domain, with what each figure was measured on."""
     rows: list[tuple[Any, ...]] = []
     means: list[tuple[Any, ...]] = []
+    entries = [entry for e in evals for entry in e.metrics["domains"].values()]
+    names = [name for name in METRICS if any(name in entry["metrics"] for entry in entries)]
     for e in evals:
         metrics = e.metrics
         for domain, entry in metrics["domains"].items():
             clips = entry["clips"]
-            values = [_percent(entry["metrics"].get(key)) for key in ("top1", "top5", "mean_class")]
+            values = [shown(name, entry["metrics"].get(name)) for name in names]
             measured = (metrics["views"], entry["distinct_views"], entry["decoder"], entry["precision"])
             counts = (clips["evaluated"], clips["listed"], len(clips["missing"]))
             rows.append((e.label, domain, *values, *counts, *measured))
-        if len(metrics["domains"]) > 1:
-            values = [_percent(metrics["mean"].get(key)) for key in ("top1", "top5", "mean_class")]
+        if len(metrics["domains"]) > 1 and metrics["mean"]:
+            values = [shown(name, metrics["mean"].get(name)) for name in names]
             means.append((e.label, "mean over domains", *values, "", "", "", metrics["views"], "", "", ""))
     measured_on = ("clips", "listed", "missing", "views", "distinct", "decoder", "precision")
-    columns = ("model", "domain", "top-1 %", "top-5 %", "mean class %", *measured_on)
+    columns = ("model", "domain", *(METRICS[name] for name in names), *measured_on)
     return page.table(columns, [*rows, *means], sums=len(means))
 
 
@@ -89,7 +100,7 @@ def published(evals: Sequence[Evaluated]) -> str:
         source = recipe.get("published") or {}
         for domain, printed in source.get("top1", {}).items():
             ours = e.metrics["domains"].get(domain, {}).get("metrics", {}).get("top1")
-            rows.append((recipe["name"], "; ".join(source["rows"]), domain, f"{printed:.2f}", _percent(ours)))
+            rows.append((recipe["name"], "; ".join(source["rows"]), domain, f"{printed:.2f}", shown("top1", ours)))
     columns = ("recipe", "row of the paper", "domain", "published top-1 %", "ours %")
     whole = {t.caption: page.table(t.columns, t.rows, t.caption) for e in evals for t in e.printed}
     folded = page.folded("the printed tables", "".join(whole.values())) if whole else ""
@@ -115,18 +126,21 @@ def learning(e: Evaluated) -> str:
     """Loss and validation against updates, and when the best came."""
     assert e.model is not None
     loss: dict[str, list[tuple[float, float]]] = {}
-    top1: dict[str, list[tuple[float, float]]] = {}
+    validation: dict[str, dict[str, list[tuple[float, float]]]] = {metric: {} for metric in _HEADLINES}
     if "metrics.jsonl" in e.model.files:
         for line in e.model.file("metrics.jsonl").read_text().splitlines():
             entry = json.loads(line)
-            for key, curves in (("loss", loss), ("val_top1", top1)):
+            keyed = [("loss", loss), *((f"val_{metric}", curves) for metric, curves in validation.items())]
+            for key, curves in keyed:
                 if key in entry and "domain" in entry:
                     curves.setdefault(entry["domain"], []).append((entry["step"], entry[key]))
     drawn = {}
     if loss:
         drawn["training loss"] = plots.curves(loss, "loss")
-    if top1:
-        drawn["validation, one centre view"] = plots.curves(top1, "top-1, %", percent=True)
+    for metric, curves in validation.items():
+        if curves:
+            label = _HEADLINES[metric]
+            drawn[f"validation, one centre view: {label}"] = plots.curves(curves, label, label.endswith("%"))
     summary = e.model.summary
     text = ""
     if summary.get("updates") is not None:
@@ -143,17 +157,17 @@ def branch_weights(e: Evaluated) -> str:
 
 
 def classes(e: Evaluated) -> str:
-    """Per domain: bars and confusion, and the table behind a fold."""
+    """Per domain: bars, of single labels the confusion, and the table behind a fold."""
     confusion = e.artifact.load_json("confusion.json")
     parts = []
     for domain, entry in e.metrics["domains"].items():
-        own = confusion[domain]
-        drawn = {
-            "accuracy per class": plots.class_bars(entry["per_class"]),
-            "confusion, true classes in rows": plots.confusion(own["matrix"], own["classes"]),
-        }
-        rows = [(name, _percent(v["accuracy"]), v["clips"]) for name, v in entry["per_class"].items()]
-        listing = page.folded("table", page.table(("class", "accuracy %", "clips"), rows))
+        key, label, unit = _PER_CLASS[entry["task"]]
+        drawn = {f"{label} per {unit}": plots.class_bars(entry["per_class"], key, label)}
+        if domain in confusion:
+            own = confusion[domain]
+            drawn["confusion, true classes in rows"] = plots.confusion(own["matrix"], own["classes"])
+        rows = [(name, _of_class(v[key], label), v["clips"]) for name, v in entry["per_class"].items()]
+        listing = page.folded("table", page.table((unit, label, "clips"), rows))
         missing = [(key, reason) for key, reason in entry["clips"].get("reasons", {}).items()]
         lost = page.table(("missing clip", "reason"), missing)
         parts.append(page.heading(domain) + page.figures(drawn) + listing + lost)
@@ -174,5 +188,7 @@ def lineage(e: Evaluated) -> str:
     return page.heading(e.label) + page.table(("used as", "kind", "name", "digest", ""), rows)
 
 
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.2f}"
+def _of_class(value: float | None, label: str) -> str:
+    if value is None:
+        return ""
+    return f"{100 * value:.2f}" if label.endswith("%") else f"{value:.4f}"

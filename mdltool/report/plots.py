@@ -54,17 +54,23 @@ def curves(by_domain: Mapping[str, Curve], ylabel: str, percent: bool = False, a
         return _svg(figure)
 
 
-def class_bars(per_class: Mapping[str, Mapping[str, Any]]) -> str:
-    """Accuracy per class, sorted; thin bars without names where there are many classes."""
-    rows = [(name, v["accuracy"]) for name, v in per_class.items() if v["accuracy"] is not None]
+def class_bars(
+    per_class: Mapping[str, Mapping[str, Any]], key: str = "accuracy", label: str = "accuracy, %"
+) -> str:
+    """per_class[name][key] by name, sorted; thin bars without names where there are many.
+
+    label: of the axis; one in % is of fractions.
+    """
+    percent = label.endswith("%")
+    rows = [(name, v[key] * (100 if percent else 1)) for name, v in per_class.items() if v[key] is not None]
     rows.sort(key=lambda row: row[1])
     many = len(rows) > _MANY_CLASSES
     with plt.rc_context({**_STYLE, "axes.grid.axis": "x"}):
         figure, axes = plt.subplots(figsize=(4.6, 3.2 if many else 0.6 + 0.22 * len(rows)))
-        axes.barh(range(len(rows)), [100 * value for _, value in rows], height=1.0 if many else 0.7)
+        axes.barh(range(len(rows)), [value for _, value in rows], height=1.0 if many else 0.7)
         axes.set_yticks([] if many else range(len(rows)), [] if many else [name for name, _ in rows])
-        axes.set_xlim(0, 100)
-        axes.set_xlabel("accuracy, %" + (f" ({len(rows)} classes)" if many else ""))
+        axes.set_xlim(0, 100 if percent else None)
+        axes.set_xlabel(label + (f" ({len(rows)} classes)" if many else ""))
         return _svg(figure)
 
 

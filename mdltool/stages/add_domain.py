@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from mdltool.artifact import Artifact, begin
+from mdltool.data.index import ShardIndex
 from mdltool.errors import MdlError
 from mdltool.files import write_text
 from mdltool.model_store import extended, find_backbone, load_model, seeded, stored_tensors, write_model_json
@@ -44,7 +45,8 @@ def run(
     """
     content = source.load_json("model.json")
     _check(content, domain, start_from)
-    recipe = _recipe_for(content["recipe"], domain, overrides, source)
+    shards = list(shards)
+    recipe = _recipe_for(content["recipe"], domain, _task(shards), overrides, source)
     data = gather_data(recipe, shards)
     given = (("model", source), ("train", data[domain].train), ("val", data[domain].val))
     inputs = [artifact.as_input(role) for role, artifact in given if artifact is not None]
@@ -98,14 +100,21 @@ def _check(content: dict[str, Any], domain: str, start_from: str | None) -> None
         raise MdlError(f"the model has no domain '{start_from}'", "--init-from", did_you_mean(start_from, domains))
 
 
-def _recipe_for(stored: dict[str, Any], domain: str, overrides: Sequence[str], source: Artifact) -> Recipe:
+def _task(shards: Sequence[Artifact]) -> str:
+    """The task of the new domain; where its shards differ in it, gather_data refuses them."""
+    return ShardIndex.open(shards[0]).task if shards else "single_label"
+
+
+def _recipe_for(
+    stored: dict[str, Any], domain: str, task: str, overrides: Sequence[str], source: Artifact
+) -> Recipe:
     """The model's recipe for the new domain alone: its last step, with everything old frozen."""
     step = {**stored["train"]["steps"][-1], "regime": "frozen"}
     batch = stored["data"]["batch"]
     content = {
         **stored,
         "published": None,
-        "domains": {domain: {"task": "single_label"}},
+        "domains": {domain: {"task": task}},
         "train": {**stored["train"], "steps": [step]},
         "data": {**stored["data"], "batch": max(batch.values()) if isinstance(batch, dict) else batch},
     }

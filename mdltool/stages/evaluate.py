@@ -11,20 +11,22 @@ from typing import Any
 import torch
 
 from mdltool import console
-from mdltool.artifact import Artifact, begin, open_artifact
+from mdltool.artifact import Artifact
 from mdltool.data.index import ShardIndex
 from mdltool.data.loader import ViewLoader
 from mdltool.errors import MdlError
 from mdltool.evaluate.metrics import domain_report, mean_over_domains, write_scores
 from mdltool.evaluate.scores import DomainScores, score_domain
+from mdltool.evaluate.views import parse_views
 from mdltool.files import write_text
 from mdltool.model import MultiDomainModel
 from mdltool.model_store import load_model
 from mdltool.registry import did_you_mean
 from mdltool.schema import Recipe
-from mdltool.stages.plan import eval_views
+from mdltool.stages.plan import eval_views, grid_of
 from mdltool.tasks import TASKS
-from mdltool.train.distributed import World, broadcast_object, gather_objects, join_world
+from mdltool.train.distributed import World, gather_objects, join_world
+from mdltool.train.together import begin_together, open_together
 
 
 def run(
@@ -46,27 +48,28 @@ def run(
     recipe = Recipe.model_validate(content["recipe"])
     grid = views or recipe.views.grid
     precision = precision or recipe.train.precision
-    eval_views(recipe, grid)  # refuses a malformed grid before any work
+    parse_views(grid)  # refuses a malformed grid before any work
     indices = _check_shards(content, list(shards))
+    grids = {domain: grid_of(recipe, domain, views) for domain in indices}
     world = join_world()
     request = {"views": grid, "weights": weights, "precision": precision}
-    draft = None
-    if world.is_main:
-        inputs = [model_artifact.as_input("model")] + [a.as_input("data") for a, _ in indices.values()]
-        draft = begin(out, kind="eval", stage="eval", inputs=inputs, request=request)
-    if broadcast_object(isinstance(draft, Artifact), world):
-        return open_artifact(out, "eval")
+    inputs = [model_artifact.as_input("model")] + [a.as_input("data") for a, _ in indices.values()]
+    draft = begin_together(world, out, kind="eval", stage="eval", inputs=inputs, request=request)
+    if isinstance(draft, Artifact):
+        return draft
     model = load_model(model_artifact, weights, work).to(_device()).channels_last()
     found = {
-        d: _score(model, recipe, d, index, grid, precision, workers, world) for d, (_, index) in indices.items()
+        d: _score(model, recipe, d, index, grids[d], precision, workers, world) for d, (_, index) in indices.items()
     }
     if draft is not None:
-        assert not isinstance(draft, Artifact)
-        report = _report(recipe, content, found, indices, {"model_digest": model_artifact.digest, **request})
-        summary = _write(draft.path, report, {d: f for d, f in found.items() if f is not None})
-        draft.commit({"views": grid, **summary})
-    broadcast_object(None, world)  # the others wait until the artifact is whole
-    return open_artifact(out, "eval")
+        report = _report(recipe, found, indices, grids, {"model_digest": model_artifact.digest, **request})
+        write_text(draft.path / "metrics.json", json.dumps(report["metrics"], indent=1))
+        write_text(draft.path / "confusion.json", json.dumps(report["confusion"]))
+        scores = {d: f for d, f in found.items() if f is not None}
+        write_scores(draft.path / "scores.parquet", scores, {d: index for d, (_, index) in indices.items()})
+        domains, mean = report["metrics"]["domains"], report["metrics"]["mean"]
+        draft.commit({"views": grid, "domains": {d: e["metrics"] for d, e in domains.items()}, "mean": mean})
+    return open_together(world, out, "eval")
 
 
 def _check_shards(content: dict[str, Any], shards: list[Artifact]) -> dict[str, tuple[Artifact, ShardIndex]]:
@@ -84,6 +87,13 @@ def _check_shards(content: dict[str, Any], shards: list[Artifact]) -> dict[str, 
                 f"{index.domain}: these shards have other classes than the model",
                 artifact.path,
                 "use one class list",
+            )
+        if index.task != content["domains"][index.domain]["task"]:
+            raise MdlError(
+                f"{index.domain}: these shards are of the task {index.task}, the model is of "
+                f"{content['domains'][index.domain]['task']}",
+                artifact.path,
+                "give shards of the model's task",
             )
         if index.domain in found:
             raise MdlError(f"two sets of shards for {index.domain}", artifact.path, "give one of them")
@@ -104,7 +114,7 @@ def _score(
     world: World,
 ) -> DomainScores | None:
     """One domain's scores over all processes, on rank 0; None elsewhere."""
-    loader = ViewLoader(index, eval_views(recipe, grid), workers=workers, rank=world.rank, world=world.size)
+    loader = ViewLoader(index, eval_views(recipe, domain, grid), workers=workers, rank=world.rank, world=world.size)
     task = TASKS.load(recipe.domains[domain].task)()
     mine = len(range(world.rank, len(index), world.size))
     with console.progress(f"eval {domain}", mine) as advance:
@@ -124,24 +134,29 @@ def _score(
 
 def _report(
     recipe: Recipe,
-    content: dict[str, Any],
     found: dict[str, DomainScores | None],
     indices: dict[str, tuple[Artifact, ShardIndex]],
+    grids: dict[str, str],
     head: dict[str, Any],
 ) -> dict[str, Any]:
-    """The contents of metrics.json and confusion.json."""
+    """The contents of metrics.json and confusion.json, which has the domains of single labels."""
     domains, confusion = {}, {}
     precision = head.pop("precision")
     for domain, scores in found.items():
         assert scores is not None
         artifact, index = indices[domain]
-        classes = content["domains"][domain]["classes"]
         task = TASKS.load(recipe.domains[domain].task)()
-        entry, matrix = domain_report(scores, task, classes, len(index), recipe.views.on_error == "wrong")
-        entry |= {"split": index.split, "split_digest": artifact.digest, "precision": precision}
+        entry, matrix = domain_report(scores, task, index, recipe.views.on_error == "wrong")
+        entry |= {
+            "split": index.split,
+            "split_digest": artifact.digest,
+            "precision": precision,
+            "views": grids[domain],
+        }
         domains[domain] = entry
-        confusion[domain] = {"classes": classes, "matrix": matrix}
-        _say_collapsed(domain, scores, head["views"])
+        if matrix is not None:
+            confusion[domain] = {"classes": list(index.classes), "matrix": matrix}
+        _say_collapsed(domain, scores, grids[domain])
     metrics = {**head, "domains": domains, "mean": mean_over_domains(domains), "decathlon": None}
     return {"metrics": metrics, "confusion": confusion}
 
@@ -153,14 +168,6 @@ def _say_collapsed(domain: str, scores: DomainScores, grid: str) -> None:
             f"{domain}: some clips are so short or narrow that their {temporal * spatial} views are only "
             f"{scores.distinct_views} distinct ones"
         )
-
-
-def _write(folder: Path, report: dict[str, Any], found: dict[str, DomainScores]) -> dict[str, Any]:
-    write_text(folder / "metrics.json", json.dumps(report["metrics"], indent=1))
-    write_text(folder / "confusion.json", json.dumps(report["confusion"]))
-    write_scores(folder / "scores.parquet", found)
-    domains = report["metrics"]["domains"]
-    return {"domains": {d: e["metrics"] for d, e in domains.items()}, "mean": report["metrics"]["mean"]}
 
 
 def _device() -> torch.device:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from mdltool.artifact import Artifact
 from mdltool.data.decode import VideoError
@@ -16,7 +18,7 @@ from mdltool.model_store import load_model
 from mdltool.registry import did_you_mean
 from mdltool.schema import Recipe
 from mdltool.stages.plan import eval_views
-from mdltool.tasks import TASKS
+from mdltool.tasks import TASKS, Regression, Task
 
 
 def run(
@@ -29,9 +31,11 @@ def run(
     weights: str = "last",
     work: Path | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """One object per video: {"video", "domain", "top": [{"label", "score"}]}, best first.
+    """One object per video: {"video", "domain", "task", "top": [{"label", "score"}]}, best first.
 
-    domain may be left out for a model of one domain. Raises MdlError for a video that cannot be decoded.
+    score: the softmax probability of single_label, the sigmoid of multi_label. Of a regression, every target in
+    the model's order with its value, whatever topk. domain may be left out for a model of one domain. Raises
+    MdlError for a video that cannot be decoded.
     """
     content = model_artifact.load_json("model.json")
     domains = content["domains"]
@@ -46,7 +50,7 @@ def run(
         if not video.is_file():
             raise MdlError("there is no such video file", video, "check the path")
     recipe = Recipe.model_validate(content["recipe"])
-    spec = eval_views(recipe, views)
+    spec = eval_views(recipe, domain, views)
     model = load_model(model_artifact, weights, work)
     task = TASKS.load(recipe.domains[domain].task)()
     for video in videos:
@@ -56,7 +60,12 @@ def run(
             raise MdlError(f"the video cannot be used: {error.reason}", video, "give another file") from None
         clip = ClipViews(key=str(video), label=0, views=loaded, error=None)
         found = score_domain(model, [clip], domain, task, average=recipe.views.average)
-        values, order = found.scores[0].topk(min(topk, len(domains[domain]["classes"])))
-        labels = [domains[domain]["classes"][i] for i in order.tolist()]
-        top = [{"label": label, "score": score} for label, score in zip(labels, values.tolist(), strict=True)]
-        yield {"video": str(video), "domain": domain, "top": top}
+        top = _top(task, domains[domain]["classes"], found.scores[0], topk)
+        yield {"video": str(video), "domain": domain, "task": task.name, "top": top}
+
+
+def _top(task: Task, classes: Sequence[str], scores_N: Tensor, topk: int) -> list[dict[str, Any]]:
+    order = list(range(len(classes)))
+    if not isinstance(task, Regression):
+        order = scores_N.topk(min(topk, len(classes))).indices.tolist()
+    return [{"label": classes[i], "score": float(scores_N[i])} for i in order]
