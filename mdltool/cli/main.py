@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import re
 import sys
 from typing import Annotated
 
@@ -97,7 +98,11 @@ def main() -> None:
         if debug:
             raise
         _operating_system_error(error)
-    except Exception:
+    except Exception as error:
+        # Libraries written in Rust (safetensors) raise errors of their own for what the system refused.
+        refused = re.search(r"\(os error (\d+)\)", str(error))
+        if refused and not debug:
+            _operating_system_error(OSError(int(refused[1]), os.strerror(int(refused[1]))))
         import traceback
 
         traceback.print_exc()

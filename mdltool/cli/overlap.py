@@ -41,6 +41,8 @@ def overlap(
         raise MdlError("no shards are given", "SHARDS", "mdltool overlap TRAIN VAL [SHARDS ...]")
     if list_file is not None and not list_file.parent.is_dir():
         raise MdlError("there is no such directory", list_file.parent, "give another --list FILE")
+    if list_file is not None and list_file.is_dir():
+        raise MdlError("this is a directory", list_file, "give another --list FILE")
 
     from mdltool.stages import overlap as stage
 

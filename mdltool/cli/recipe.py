@@ -200,6 +200,7 @@ def copy(
 ) -> None:
     """Copy a recipe to a file of your own, to edit."""
     from mdltool import console
+    from mdltool.files import write_text
     from mdltool.recipe import find
 
     source = find(recipe)
@@ -207,7 +208,7 @@ def copy(
         raise MdlError("the file is there already", target, "give another name")
     if not target.parent.is_dir():
         raise MdlError("there is no such folder", target.parent, "make it first")
-    target.write_text(source.read_text())
+    write_text(target, source.read_text())
     if as_json:
         console.result_json({"recipe": str(target)})
     else:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from mdltool import console
 from mdltool.cli.main import COMMANDS, app
@@ -93,6 +97,30 @@ def test_bad_input_is_one_message_and_exit_code_1(
     assert ran.err.startswith("error: ")
     assert "Traceback" not in ran.err
     assert all(part in ran.err for part in parts), ran.err
+
+
+def test_what_the_system_refused_a_library_is_a_message(
+    mdltool: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """safetensors raises an error of its own where it cannot write."""
+    import mdltool.stages.describe as stage
+
+    nowhere = tmp_path / "nowhere" / "a.safetensors"
+    monkeypatch.setattr(stage, "run", lambda *_: save_file({"a": torch.zeros(2)}, nowhere))
+    ran = mdltool("describe", "tiny_demo")
+    assert (ran.code, "Traceback" in ran.err) == (1, False), ran.err
+    assert ran.err.startswith("error: No such file or directory\n  fix:")
+
+
+def test_a_copy_that_fails_leaves_no_file(
+    mdltool: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert mdltool("recipe", "copy", "tiny_demo", tmp_path / "mine.yaml").code == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_ctrl_c_is_130_and_a_word(mdltool: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
