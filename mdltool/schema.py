@@ -149,12 +149,15 @@ class Optimizer(Part):
 
 
 class Schedule(Part):
-    """unit: whether milestones and warm-up count updates, batch steps (D batch steps are one update) or epochs."""
+    """unit: whether milestones and warm-up count updates, batch steps (D batch steps are one update) or epochs.
+    warmup_from: the rate of the first update; None: lr / warmup.
+    """
 
     name: Literal["constant", "step", "cosine"] = "constant"
     milestones: list[Positive] = []
     gamma: Annotated[float, Field(gt=0)] = 0.1
     warmup: Annotated[int, Field(ge=0)] = 0
+    warmup_from: Annotated[float, Field(ge=0)] | None = None
     final_lr: Annotated[float, Field(ge=0)] = 0.0
     unit: Literal["update", "batch", "epoch"] = "update"
 

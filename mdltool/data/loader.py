@@ -50,7 +50,6 @@ class ClipViews:
     """All views of one clip; views is None and error says why where it cannot be decoded."""
 
     key: str
-    label: int
     views: Views | None
     error: str | None
 
@@ -239,12 +238,12 @@ class _ClipViewsOf(Dataset[ClipViews]):
         self.spec = spec
 
     def __getitem__(self, clip: int) -> ClipViews:
-        key, label = self.index.keys[clip], int(self.index.labels[clip])
+        key = self.index.keys[clip]
         metadata, video = self.index.clip(clip)
         try:
-            return ClipViews(key, label, load_views(video, self.spec, trim=trim_of(metadata), key=key), None)
+            return ClipViews(key, load_views(video, self.spec, trim=trim_of(metadata), key=key), None)
         except VideoError as error:
-            return ClipViews(key, label, None, error.reason)
+            return ClipViews(key, None, error.reason)
 
 
 class _Answers(Dataset[Any]):

@@ -9,9 +9,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mdltool.evaluate.views import parse_views
+from mdltool.losses.multitrain import MultitrainLoss
 from mdltool.model import ModelSpec, MultiDomainModel, build_model
 from mdltool.schema import Recipe
-from mdltool.stages.plan import model_spec, outputs_of
+from mdltool.stages.plan import model_spec, multitrain_spec, outputs_of
 
 
 def run(recipe: Recipe, views: str | None = None) -> dict[str, Any]:
@@ -28,7 +29,8 @@ def run(recipe: Recipe, views: str | None = None) -> dict[str, Any]:
         model.apply_regime(step.regime, recipe.train.bn)
         trained |= {id(p) for p in model.parameters() if p.requires_grad}
     counts = model.parameter_counts()
-    counts["trainable"] = sum(p.numel() for p in model.parameters() if id(p) in trained)
+    counts["training_only"] = training_only(recipe, model)
+    counts["trainable"] = sum(p.numel() for p in model.parameters() if id(p) in trained) + counts["training_only"]
     per_domain = counts.pop("per_domain")
     temporal, spatial = parse_views(views or recipe.views.grid)
     view = gflops_per_view(model, spec)
@@ -58,6 +60,17 @@ def run(recipe: Recipe, views: str | None = None) -> dict[str, Any]:
         ],
         "published": published(recipe, counts, view),
     }
+
+
+def training_only(recipe: Recipe, model: MultiDomainModel) -> int:
+    """Parameters of the objective, which no prediction needs: expander, projections, loss weights."""
+    part = multitrain_spec(recipe)
+    if part is None:
+        return 0
+    with torch.device("meta"):
+        names = {name: [""] * outputs for name, outputs in model.spec.domains.items()}
+        criterion = MultitrainLoss(model.backbone.feature_dim, model.spec.domains, part, names)
+    return sum(parameter.numel() for parameter in criterion.parameters())
 
 
 def parameters(recipe: Recipe) -> dict[str, int]:

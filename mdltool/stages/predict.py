@@ -58,7 +58,7 @@ def run(
             loaded = load_views(video, spec, key=video.stem)
         except VideoError as error:
             raise MdlError(f"the video cannot be used: {error.reason}", video, "give another file") from None
-        clip = ClipViews(key=str(video), label=0, views=loaded, error=None)
+        clip = ClipViews(key=str(video), views=loaded, error=None)
         found = score_domain(model, [clip], domain, task, average=recipe.views.average)
         top = _top(task, domains[domain]["classes"], found.scores[0], topk)
         yield {"video": str(video), "domain": domain, "task": task.name, "top": top}

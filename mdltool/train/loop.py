@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -284,8 +285,8 @@ class Trainer:
                 total += value if headline.higher_is_better else -value
             console.say(f"update {update}: val {', '.join(shown)}")
             self.progress.last_scores = scores
-            mean = total / len(scores)
-            if self.progress.best_score is None or mean > self.progress.best_score:
+            mean = total / len(scores)  # NaN, of a split in which no clip decodes, is greater than nothing
+            if mean > (-math.inf if self.progress.best_score is None else self.progress.best_score):
                 self.progress.best_score = mean
                 self.progress.best_update = update
                 self.progress.best_seconds = self.progress.seconds

@@ -37,6 +37,7 @@ class ScheduleSpec:
     milestones: tuple[int, ...] = ()
     gamma: float = 0.1
     warmup: int = 0
+    warmup_from: float | None = None
     final_lr: float = 0.0
     unit: str = "update"
 
@@ -77,13 +78,15 @@ def learning_rate(spec: ScheduleSpec, base: float, updates: int, batches_per_upd
     """update (from 0, within its step of the recipe) -> learning rate.
 
     step: base * gamma^(milestones passed). cosine: from base to final_lr over the step. Both after a linear warm-up
-    from base / warmup.
+    from base / warmup, or from warmup_from to reach base at `warmup`.
     """
     scale = batches_per_update if spec.unit == "batch" else 1
     total = updates * scale
 
     def rate(update: int) -> float:
         position = update * scale
+        if position < spec.warmup and spec.warmup_from is not None:
+            return spec.warmup_from + (base - spec.warmup_from) * position / spec.warmup
         if position < spec.warmup:
             return base * (position + 1) / spec.warmup
         if spec.name == "step":

@@ -266,7 +266,6 @@ def test_every_clip_is_viewed_once(indices: list[ShardIndex], workers: int, worl
     for clip in itertools.chain(*parts):
         number = index.keys.index(clip.key)
         _, video = index.clip(number)
-        assert clip.label == index.labels[number]
         assert clip.error is None
         assert clip.views is not None
         wanted = load_views(video, SPEC, trim=(0.2, 0.5) if number == 2 else None, key=clip.key)
