@@ -236,8 +236,7 @@ def begin(
     request: plain JSON values that, with the inputs' digests, decide the content. resume: what to do with an
     interrupted build of the same request: "never" starts over, "auto" continues it, "ask" refuses and names
     --resume, "must" continues and fails where there is nothing to continue.
-    Raises MdlError when `out` holds something else, another request is half done there, or another process is
-    at it.
+    Raises MdlError when `out` holds something else, another request is half done there, or another process works.
     """
     header = {
         "stage": stage,
@@ -273,12 +272,12 @@ def _reuse(out: Path, header: dict[str, Any]) -> Artifact:
         (i["role"], i["kind"], i["digest"]) for i in header["inputs"]
     ]
     if found.kind == header["kind"] and found.stage == header["stage"] and same_inputs:
-        if found.request == header["request"]:
+        differs = _differences(found.request, header["request"])
+        if not differs:
             if out.parent.name == found.kind:
                 _point_latest(out)
             return found
-        differs = ", ".join(_differences(found.request, header["request"]))
-        detail = f" (different: {differs})"
+        detail = f" (different: {', '.join(differs)})"
     else:
         detail = f" (a {found.kind} artifact, or other inputs)"
     raise MdlError(f"another artifact is already there{detail}", out, "give another --out, or remove it")
@@ -294,10 +293,11 @@ def _may_resume(partial: Path, header: dict[str, Any], resume: str) -> bool:
 
     def content(h: dict[str, Any]) -> Any:
         inputs = [(i["role"], i["kind"], i["digest"]) for i in h.get("inputs", [])]
-        return h.get("stage"), h.get("kind"), inputs, h.get("request")
+        return h.get("stage"), h.get("kind"), inputs
 
-    if content(old) != content(header):
-        differs = ", ".join(_differences(old.get("request", {}), header["request"])) or "its inputs"
+    differing = _differences(old.get("request", {}), header["request"])
+    if differing or content(old) != content(header):
+        differs = ", ".join(differing) or "its inputs"
         raise MdlError(
             f"an interrupted '{old.get('stage', '?')}' of another request is here (different: {differs})",
             partial,
@@ -311,6 +311,7 @@ def _may_resume(partial: Path, header: dict[str, Any], resume: str) -> bool:
 
 
 def _differences(a: Any, b: Any, at: str = "") -> list[str]:
+    """Keys whose values differ. An absent key is null: a newer mdltool may have keys that an older one had not."""
     if isinstance(a, dict) and isinstance(b, dict):
         keys = sorted(set(a) | set(b))
         return [d for k in keys for d in _differences(a.get(k), b.get(k), f"{at}.{k}" if at else k)][:6]

@@ -193,6 +193,22 @@ def test_a_header_that_is_being_written_is_no_foreign_file(tmp_path: Path) -> No
     assert draft.commit({}).files == {}
 
 
+def test_a_key_that_is_newer_and_unset_is_no_difference(tmp_path: Path) -> None:
+    made = make(tmp_path / "m", request={"a": {"b": 1}})
+    newer = {"a": {"b": 1, "c": None}, "d": None}
+    again = start(tmp_path / "m", newer)
+    assert isinstance(again, Artifact)
+    assert again.digest == made.digest
+    with pytest.raises(MdlError, match=r"different: a\.c\)"):
+        start(tmp_path / "m", {"a": {"b": 1, "c": 2}})
+    half = start(tmp_path / "n", {"a": {"b": 1}})
+    assert isinstance(half, Draft)
+    half.abandon(keep=True)
+    resumed = start(tmp_path / "n", newer, resume="must")
+    assert isinstance(resumed, Draft)
+    assert resumed.resumed
+
+
 def test_files_outside_the_directory_are_not_read(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("x")
     path = make(tmp_path / "m").path / "artifact.json"
