@@ -43,7 +43,8 @@ def warn(message: str) -> None:
 
 def result(text: str) -> None:
     """A result, on stdout, with nothing around it."""
-    print(text, flush=True)
+    if _is_first():
+        print(text, flush=True)
 
 
 def result_json(value: Any) -> None:

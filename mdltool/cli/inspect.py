@@ -23,12 +23,19 @@ def inspect(
     verify: Annotated[
         bool, typer.Option("--verify", help="Check every hash of it and of what it was made from.")
     ] = False,
+    projections: Annotated[
+        bool, typer.Option("--projections", help="Which classes a model's projections connect most.")
+    ] = False,
+    topk: Annotated[int, typer.Option("--topk", min=1, help="Class pairs of each pair of domains.")] = 5,
     as_json: options.Json = False,
 ) -> None:
     """What an artifact is and what it was made from, back to the shards. Exit code 1 where something is wrong."""
     from mdltool import console
     from mdltool.lineage import trace
 
+    if projections:
+        _projections(path, topk, as_json)
+        return
     root = trace(path, verify)
     if as_json:
         console.result_json(_json(root))
@@ -40,6 +47,21 @@ def inspect(
         raise MdlError("; ".join(faults[:5]) + more, path, "make the damaged or missing artifact again")
     if verify:
         console.say("every hash is right")
+
+
+def _projections(path: Path, topk: int, as_json: bool) -> None:
+    from mdltool import console
+    from mdltool.artifact import open_artifact
+    from mdltool.stages import projections as stage
+
+    found = stage.run(open_artifact(path, "model"), topk)
+    if as_json:
+        console.result_json(found)
+        return
+    for entry in found:
+        rows = [(p["source_class"], p["target_class"], f"{p['weight']:.4f}") for p in entry["pairs"]]
+        title = f"{entry['source']} to {entry['target']}"
+        console.table(title, (entry["source"], entry["target"], "weight"), rows, to_stdout=True)
 
 
 def _json(node: Node) -> dict[str, Any]:

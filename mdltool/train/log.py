@@ -26,6 +26,10 @@ class MetricsLog:
         self.accelerator = accelerator
         self._folder, self._resume_at, self._world = folder, resume_at, world
         self._metrics = _reopened(folder / "metrics.jsonl", resume_at) if world.is_main else None
+        if world.is_main:  # a run may go on with fewer processes than it had
+            for path in folder.glob("clips-*.jsonl"):
+                if int(path.stem.removeprefix("clips-")) >= world.size:
+                    _reopened(path, resume_at).close()
         self._clips: TextIO | None = None
 
     def update(self, step: int, lines: Sequence[Line], tally: Tally, lr: float, seconds: float) -> None:

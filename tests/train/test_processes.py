@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,30 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mdltool.train.distributed import World
+from tests.processes import start
 from tests.train.processes import CASES, model_of, run
-
-
-def start(world: int, *words: object) -> list[subprocess.Popen[str]]:
-    """`python -m ...` once for each rank, joined by loopback."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {
-        "WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-    }
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", *map(str, words)],
-            env={**os.environ, **shared, "RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
-    ]
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Memory and speed of a training step with adapters, beside full fine-tuning of the same backbone in the same run.
 
-    python scripts/bench/train.py [--check] [--backbone swin3d_t] [--frames 8] [--crop 112] [--batch 2] [--steps 4]
+    python scripts/bench/memory.py [--check] [--backbone swin3d_t] [--frames 8] [--crop 112] [--batch 2] [--steps 4]
 
 Every variant runs in a process of its own: its peak memory is the most that the process ever held, less what it
 held before the first step. `bare forward` is the frozen network alone. The activations that autograd keeps are
