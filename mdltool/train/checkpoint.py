@@ -28,7 +28,14 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     plain = {key: value.detach().to("cpu").contiguous().clone() for key, value in tensors.items()}
-    save_file(plain, temporary, metadata=dict(metadata or {}))
+    try:
+        save_file(plain, temporary, metadata=dict(metadata or {}))
+    except SafetensorError as error:  # what it says of the system, without the path
+        temporary.unlink(missing_ok=True)
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(temporary)) from None
     with open(temporary, "rb") as handle:
         os.fsync(handle.fileno())
     os.replace(temporary, path)
