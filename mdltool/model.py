@@ -139,10 +139,7 @@ class MultiDomainModel(nn.Module):
 
     def checkpoint_activations(self) -> None:
         """Keep the inputs alone of the backbone's stages or blocks, and run them again in the backward pass."""
-        paths = [place.path for place in self.backbone.places().values() if place.kind in ("stage", "block")]
-        # Of places inside each other the outer one: a block's places are inside it.
-        outer = [p for p in dict.fromkeys(paths) if not any(p.startswith(f"{other}.") for other in paths)]
-        recompute(self.backbone.net, outer, self.route)
+        recompute(self.backbone.net, self.backbone.block_paths(), self.route)
 
     def apply_regime(self, regime: str, bn: str | None = None, only: str | None = None) -> None:
         """Set requires_grad and the BatchNorm mode of every part (spec omi_mdl 2.7).

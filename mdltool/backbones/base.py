@@ -60,6 +60,13 @@ class Backbone(nn.Module, ABC):
     def places(self) -> dict[str, Place]:
         """Declared sites by name."""
 
+    def block_paths(self) -> list[str]:
+        """Paths of the parts that the network is a sequence of: its blocks or, without these, its stages."""
+        places = self.places().values()
+        found = [place.block for place in places if place.block is not None]
+        found = found or [place.path for place in places if place.kind == "stage"]
+        return list(dict.fromkeys(found))
+
     def open_block(self, block: nn.Module) -> Wrapper:
         """A block with its places opened; only backbones that declare such places have it."""
         raise AssertionError(f"{type(self).__name__} declares no place inside a block")

@@ -123,6 +123,9 @@ class ResNet26Backbone(Backbone):
                     found[f"{macro}{i + 1}.{role}"] = Place(f"{macro}.{i}.{role}.conv", "conv", role, layer)
         return found
 
+    def block_paths(self) -> list[str]:
+        return [f"{macro}.{i}" for macro in MACRO_BLOCKS for i in range(_DEPTH)]
+
     def load_library_state(self, state: dict[str, Tensor], where: object) -> None:
         """As every backbone's; the keys of the authors' release, of one domain without adapters, are read too."""
         super().load_library_state(self._from_release(state), where)

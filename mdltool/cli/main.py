@@ -103,6 +103,11 @@ def main() -> None:
         refused = re.search(r"\(os error (\d+)\)", str(error))
         if refused and not debug:
             _operating_system_error(OSError(int(refused[1]), os.strerror(int(refused[1]))))
+        # torch raises this wherever the main thread is when a process that reads clips dies.
+        if "DataLoader worker" in str(error) and not debug:
+            fix = "it may have run out of memory: start again with fewer --workers"
+            print(f"error: {MdlError('a process that reads clips has ended', str(error), fix)}", file=sys.stderr)
+            sys.exit(1)
         import traceback
 
         traceback.print_exc()

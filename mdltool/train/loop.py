@@ -23,7 +23,7 @@ from torch import Tensor
 from mdltool import console
 from mdltool.data import mixing
 from mdltool.data.order import rng_for
-from mdltool.errors import Elsewhere, Stopped
+from mdltool.errors import MdlError, Stopped
 from mdltool.model import MultiDomainModel
 from mdltool.sync_norm import synchronise
 from mdltool.train.average import Average
@@ -81,10 +81,10 @@ class Trainer:
             if self.spec.bn == "recalibrate" or self.progress.update not in self._validated:
                 self._validate(log)
         except RuntimeError as error:
-            # Another process has ended, for a reason that it has told.
-            if self.world.size > 1 and any(word in str(error) for word in ("gloo", "NCCL", "Connection")):
-                raise Elsewhere(str(error)) from error
-            raise
+            if self.world.size == 1 or not any(word in str(error) for word in ("gloo", "NCCL", "Connection")):
+                raise
+            fix = "it says why, unless it was killed; the last checkpoint is kept: --resume"
+            raise MdlError("another process has ended", None, fix) from error
         finally:
             log.close()
         if self._average is not None and self.world.is_main:

@@ -4,8 +4,8 @@
 
 Each row is tiny_multitrain with the losses of the paper's Table 3 rows, trained from random weights on three
 domains at once. The effective rank is exp of the entropy of the embeddings' singular values over all validation
-clips, each value a part of their sum (Roy and Vetterli 2007); the embedding has 256 dimensions. What DIR has already
-is not made again.
+clips, each value a part of their sum (Roy and Vetterli 2007); the embedding has 256 dimensions. What DIR has
+already is not made again.
 """
 
 from __future__ import annotations

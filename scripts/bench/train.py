@@ -5,8 +5,8 @@
 Three comparisons, in turns within one run: the trainer beside a bare loop of the same model, batches and optimiser
 (tiny_demo's, synthetic tensors); MultiTrain's objective beside heads and cross-entropy alone (its MViTv2-B at 8 x
 112 x 112, four data sets of 1,079 classes); and how long the trainer waits for the loader, in `mdltool train` of
-tiny_demo on generated videos. --check exits with 1 where the trainer takes 3% more than the bare loop, the objective
-3% more than vanilla's, or waiting 5% of an update.
+tiny_demo on generated videos. --check exits with 1 where the trainer takes 3% more than the bare loop, the
+objective 3% more than vanilla's, or waiting 5% of an update.
 """
 
 from __future__ import annotations
