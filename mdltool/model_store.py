@@ -24,7 +24,8 @@ from mdltool.files import write_text
 from mdltool.model import ModelSpec, MultiDomainModel, build_backbone, build_model
 from mdltool.train.checkpoint import save_tensors
 
-WEIGHTS = ("last", "best")
+# which weights -> without what a model has none of them
+WEIGHTS = {"last": "", "best": "validation", "ema": "train.ema"}
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -65,14 +66,16 @@ def write_model_json(
 def load_model(artifact: Artifact, weights: str = "last", work: Path | None = None) -> MultiDomainModel:
     """A trained model in eval mode, on the CPU.
 
-    weights: last or best. work: where to look for the backbone of a model that stores it by digest, when it is no
-    longer at the path that the model remembers.
+    weights: last, best or ema. work: where to look for the backbone of a model that stores it by digest, when it is
+    no longer at the path that the model remembers.
     """
     content = artifact.load_json("model.json")
     name = f"weights/{weights}.safetensors"
-    if weights == "best" and name not in artifact.files:
+    if weights != "last" and name not in artifact.files:
         raise MdlError(
-            "this model has no best weights: it was trained without validation", artifact.path, "use last"
+            f"this model has no {weights} weights: it was trained without {WEIGHTS[weights]}",
+            artifact.path,
+            "use last",
         )
     spec = ModelSpec.from_json(content["spec"])
     backbone = build_backbone(spec)

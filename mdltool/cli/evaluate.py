@@ -21,7 +21,7 @@ def evaluate(
     ] = None,
     data: options.Data = None,
     split: Annotated[str, typer.Option("--split", help="Which of the work directory's shards to score.")] = "val",
-    weights: Annotated[str, typer.Option("--weights", help="last or best.")] = "last",
+    weights: Annotated[str, typer.Option("--weights", help="last, best or ema (averaged).")] = "last",
     precision: Annotated[str | None, typer.Option("--precision", help="fp32, bf16 or fp16.")] = None,
     workers: options.Workers = None,
     work: options.Work = None,
@@ -39,7 +39,7 @@ def evaluate(
     from mdltool.cli.inputs import default_workers, resolve, shards_for
     from mdltool.errors import MdlError
 
-    for value, known, option in ((weights, ("last", "best"), "--weights"), (precision, _PRECISIONS, "--precision")):
+    for value, known, option in ((weights, _WEIGHTS, "--weights"), (precision, _PRECISIONS, "--precision")):
         if value is not None and value not in known:
             raise MdlError(f"'{value}' is not known", option, f"one of: {', '.join(known)}")
     place = work_dir(work)
@@ -66,6 +66,7 @@ def evaluate(
         console.emit(artifact, as_json)
 
 
+_WEIGHTS = ("last", "best", "ema")
 _PRECISIONS = ("fp32", "bf16", "fp16")
 
 

@@ -24,7 +24,7 @@ def predict(
     domain: Annotated[str | None, typer.Option("--domain", help="Which domain's adapters and labels.")] = None,
     topk: Annotated[int, typer.Option("--topk", min=1, help="How many labels a video (a regression: all).")] = 5,
     views: Annotated[str | None, typer.Option("--views", help="TxS (default: the recipe's).")] = None,
-    weights: Annotated[str, typer.Option("--weights", help="last or best.")] = "last",
+    weights: Annotated[str, typer.Option("--weights", help="last, best or ema.")] = "last",
     work: options.Work = None,
     as_json: options.Json = False,
 ) -> None:
