@@ -213,8 +213,10 @@ def _training_faults(recipe: Recipe) -> list[str]:
             faults.append("train.split: 'batches' wants each domain's own loss, in batches in turn")
         if losses.reduction != "mean" or losses.domain_average:
             faults.append("losses.reduction, domain_average: these are of batches in turn; see losses.norm")
-    if multitrain and train.batches == "in_turn" and recipe.data.augment.mix_scope == "both":
+    if train.batches == "in_turn" and recipe.data.augment.mix_scope == "both":
         faults.append("data.augment.mix_scope: 'both' wants mixed batches")
+    if train.batches == "in_turn" and not multitrain and recipe.data.augment.smooth_classes is not None:
+        faults.append("data.augment.smooth_classes: this is of mixed batches, where data sets differ in classes")
     if recipe.data.proportions is not None:
         if train.batches == "in_turn" and train.domain_order != "random":
             faults.append("data.proportions: these are for mixed batches and for train.domain_order: random")

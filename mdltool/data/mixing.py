@@ -69,11 +69,6 @@ def draw(spec: MixSpec, rng: np.random.Generator, height: int, width: int) -> Mi
     return Mix(1 - pasted / (height * width), box)
 
 
-def mirrored(count: int) -> Tensor:
-    """int64 [B]: clip b's partner is count - 1 - b (spec multitrain 5.3)."""
-    return torch.arange(count - 1, -1, -1)
-
-
 def apply(frames_BCTHW: Tensor, partner_B: Tensor, mix: Mix) -> Tensor:
     """uint8 frames of each clip mixed with its partner's, the same in every frame; the given ones are not changed.
 

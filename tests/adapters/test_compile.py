@@ -25,7 +25,9 @@ def test_it_compiles_without_graph_breaks(adapter: str, backbone: str) -> None:
     randomise(model)
     x = clip(model)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    for domain in ("a", "b"):
+    # The way of a domain through the wrappers is the same code for every adapter: once for each backbone.
+    domains = ("a", "b") if adapter == next(name for name, other in PAIRS if other == backbone) else ("a",)
+    for domain in domains:
         torch.testing.assert_close(compiled(x, domain), model(x, domain), rtol=1e-4, atol=1e-4)
     torch._dynamo.reset()
 

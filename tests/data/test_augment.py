@@ -360,7 +360,7 @@ def test_an_unknown_mode_is_refused() -> None:
 
 
 def test_a_recipe_names_the_augmentation() -> None:
-    plain = train_transform(load("tiny_demo"))
+    plain = train_transform(load("tiny_demo"), "chalk")
     assert plain.area is None
     assert plain.rand_augment is None
     assert plain.erase is None
@@ -370,7 +370,7 @@ def test_a_recipe_names_the_augmentation() -> None:
         "rand_augment={ops: 2, magnitude: 5, std: 0, probability: 1}",
         "erase={probability: 0.5, mode: mean}",
     )
-    changed = train_transform(load("tiny_demo", [f"data.augment.{key}" for key in keys]))
+    changed = train_transform(load("tiny_demo", [f"data.augment.{key}" for key in keys]), "chalk")
     assert changed == TrainTransform(
         None,
         plain.crop,
@@ -380,7 +380,9 @@ def test_a_recipe_names_the_augmentation() -> None:
         RandAugmentSpec(2, 5, 0, 1),
         EraseSpec(0.5, "mean"),
     )
-    released = train_transform(load("tiny_demo", ["data.augment.rand_augment={}", "data.augment.erase={}"]))
+    released = train_transform(
+        load("tiny_demo", ["data.augment.rand_augment={}", "data.augment.erase={}"]), "chalk"
+    )
     assert (released.rand_augment, released.erase) == (RandAugmentSpec(), EraseSpec())
 
 
@@ -411,6 +413,6 @@ def test_faults(override: str, message: str) -> None:
 
 def test_a_resized_crop_does_not_read_the_short_side() -> None:
     small = ["data.augment.short_side=[8, 8]", "data.augment.crop=resized"]
-    assert train_transform(load("tiny_demo", small)).short_side is None
+    assert train_transform(load("tiny_demo", small), "chalk").short_side is None
     with pytest.raises(MdlError, match="its lower bound is below"):
         load("tiny_demo", small[:1])

@@ -6,11 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from mdltool.data.mixing import Mix, MixSpec, apply, draw, mirrored, mixed_labels
+from mdltool.data.mixing import Mix, MixSpec, apply, draw, mixed_labels
 from mdltool.errors import MdlError
 from mdltool.tasks import TASKS
 
 BOTH = MixSpec(mixup_alpha=0.8, cutmix_alpha=1.0)
+
+
+def mirrored(count: int) -> torch.Tensor:
+    """Clip b's partner is count - 1 - b (spec multitrain 5.3)."""
+    return torch.arange(count - 1, -1, -1)
 
 
 def batch(count: int = 5, frames: int = 3, height: int = 13, width: int = 18) -> torch.Tensor:
@@ -110,11 +115,6 @@ def test_a_draw_is_a_function_of_its_generator() -> None:
 def test_an_unmixed_batch_is_the_batch() -> None:
     frames = batch()
     assert apply(frames, mirrored(5), draws(MixSpec(), 1)[0]) is frames
-
-
-def test_partners() -> None:
-    assert mirrored(4).tolist() == [3, 2, 1, 0]
-    assert mirrored(1).tolist() == [0]
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

@@ -112,7 +112,7 @@ def test_four_hundred_classes_stay_readable() -> None:
 def test_the_wrong_kind_is_refused(world: World, mdltool: Callable[..., Ran]) -> None:
     ran = mdltool("report", world.shards("chalk", "val"))
     assert ran.code == 1
-    assert "shards artifact, not eval" in ran.err
+    assert "of kind shards, not eval" in ran.err
 
 
 def with_branches(path: Path, fusion: str, last: float, best: float) -> Artifact:

@@ -182,7 +182,7 @@ def test_a_frozen_model_stores_its_backbone_by_digest(
         ),
         (["--set", "domains.meadow.classes=3"], ("'meadow' has no training shards",)),
         (["--set", "backbone.weights=kinetics400", "--work", "{empty}"], ("has no training shards",)),
-        (["--backbone", "{chalk}"], ("shards artifact, not backbone",)),
+        (["--backbone", "{chalk}"], ("of kind shards, not backbone",)),
         (["--set", "adapters=[{{type: mhva}}]"], ("no site for the adapter 'mhva'", "kind conv, stage")),
     ],
 )
