@@ -108,15 +108,21 @@ def _task(shards: Sequence[Artifact]) -> str:
 def _recipe_for(
     stored: dict[str, Any], domain: str, task: str, overrides: Sequence[str], source: Artifact
 ) -> Recipe:
-    """The model's recipe for the new domain alone: its last step, with everything old frozen."""
+    """The model's recipe for the new domain alone: its last step, with everything old frozen.
+
+    One domain has batches and a loss of its own, however the others were trained.
+    """
     step = {**stored["train"]["steps"][-1], "regime": "frozen"}
     batch = stored["data"]["batch"]
+    alone = {"batch": max(batch.values()) if isinstance(batch, dict) else batch, "proportions": None}
+    augment = {**stored["data"]["augment"], "mix_scope": "masked", "smooth_classes": None}
     content = {
         **stored,
         "published": None,
         "domains": {domain: {"task": task}},
-        "train": {**stored["train"], "steps": [step]},
-        "data": {**stored["data"], "batch": max(batch.values()) if isinstance(batch, dict) else batch},
+        "losses": {k: v for k, v in stored["losses"].items() if k not in ("inf", "proj", "weights")},
+        "train": {**stored["train"], "steps": [step], "batches": "in_turn", "split": "rows"},
+        "data": {**stored["data"], **alone, "augment": augment},
     }
     for override in overrides:
         if not re.match(_CHANGEABLE, override):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -35,10 +36,7 @@ def run(source: Artifact, domain: str, out: Path, *, work: Path) -> Artifact:
         draft.abandon()
         raise
     kept = {name: classes for name, classes in domains.items() if name != domain}
-    recipe = {**content["recipe"], "domains": {n: d for n, d in content["recipe"]["domains"].items() if n in kept}}
-    batch = recipe["data"]["batch"]
-    if isinstance(batch, dict):
-        recipe["data"] = {**recipe["data"], "batch": {n: b for n, b in batch.items() if n in kept}}
+    recipe = _without(content["recipe"], domain)
     write_model_json(draft.path, model.spec, recipe, kept, own, model.parameter_counts())
     write_text(draft.path / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
     summary = {
@@ -47,3 +45,15 @@ def run(source: Artifact, domain: str, out: Path, *, work: Path) -> Artifact:
         "domains": {n: {"classes": len(c)} for n, c in kept.items()},
     }
     return draft.commit(summary)
+
+
+def _without(recipe: dict[str, Any], domain: str) -> dict[str, Any]:
+    """The recipe, and whatever in it is said by domain."""
+
+    def less(part: Any) -> Any:
+        return {name: value for name, value in part.items() if name != domain} if isinstance(part, dict) else part
+
+    data = {**recipe["data"], "batch": less(recipe["data"]["batch"])}
+    if (proportions := data.get("proportions")) is not None:
+        data["proportions"] = {key: less(value) for key, value in proportions.items()}
+    return {**recipe, "domains": less(recipe["domains"]), "data": data}

@@ -125,6 +125,19 @@ def test_models_without_projections_say_so(world: World, mdltool: Callable[..., 
     assert "no projections" in ran.err
 
 
+def test_domains_come_and_go(model: Path, world: World, mdltool: Callable[..., Ran], tmp_path: Path) -> None:
+    smaller = mdltool(
+        "model", "rm", model, "--domain", "neon", "--work", world.work, "--out", tmp_path / "less"
+    ).path
+    data = [w for split in ("train", "val") for w in ("--data", f"neon={world.shards('neon', split)}")]
+    words = (*data, "--set", "train.steps.0.updates=2", "--work", world.work, "--out", tmp_path / "more")
+    larger = mdltool("add-domain", smaller, *words).path
+    old, new = (load_file(path / "weights" / "last.safetensors") for path in (smaller, larger))
+    assert all(torch.equal(value, new[key]) for key, value in old.items())
+    assert {key for key in new if key not in old} == {key for key in new if key.startswith("neon/head/")}
+    assert mdltool("eval", larger, "--views", "1x1", "--work", world.work, "--out", tmp_path / "e").code == 0
+
+
 def ranks(world: int, words: list[str]) -> list[subprocess.Popen[str]]:
     """mdltool once for each rank; each has this process's number of threads, which decides the last bits."""
     return start(world, "mdltool", *words, threads=torch.get_num_threads())
