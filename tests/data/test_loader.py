@@ -115,6 +115,22 @@ def test_processes_share_each_batch(indices: list[ShardIndex], world: int) -> No
             assert torch.equal(share.frames, batch.frames[rank::world])
 
 
+@pytest.mark.parametrize(("per_shard", "world", "workers"), [(11, 2, 2), (4, 3, 2), (1, 4, 1)])
+def test_every_process_takes_as_many_steps_whatever_the_shards(
+    per_shard: int, world: int, workers: int, tmp_path: Path
+) -> None:
+    """One shard for four readers, three for six, eleven for four; a batch that they do not divide."""
+    videos = [make_video(12) for _ in range(11)]
+    index = ShardIndex.open(write_shards(tmp_path / "s", videos, per_shard=per_shard, domain="one"))
+    parts = [
+        batches([index], updates=4, batch=7, workers=workers, share=Share(rank, world)) for rank in range(world)
+    ]
+    assert [len(part) for part in parts] == [4] * world
+    for number, shares in enumerate(zip(*parts, strict=True)):
+        positions = sorted(position for share in shares for position in share.positions)
+        assert positions == list(range(7 * number, 7 * number + 7))
+
+
 @pytest.mark.parametrize("order", ["sequential", "shuffled", "random"])
 def test_starting_anywhere_continues_the_undisturbed_run(indices: list[ShardIndex], order: str) -> None:
     whole = batches(indices, updates=6, domain_order=order, rounds=2, batch=2)

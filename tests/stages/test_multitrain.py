@@ -126,9 +126,7 @@ def test_models_without_projections_say_so(world: World, mdltool: Callable[..., 
 
 
 def test_domains_come_and_go(model: Path, world: World, mdltool: Callable[..., Ran], tmp_path: Path) -> None:
-    smaller = mdltool(
-        "model", "rm", model, "--domain", "neon", "--work", world.work, "--out", tmp_path / "less"
-    ).path
+    smaller = mdltool("model", "rm", "neon", model, "--work", world.work, "--out", tmp_path / "less").path
     data = [w for split in ("train", "val") for w in ("--data", f"neon={world.shards('neon', split)}")]
     words = (*data, "--set", "train.steps.0.updates=2", "--work", world.work, "--out", tmp_path / "more")
     larger = mdltool("add-domain", smaller, *words).path

@@ -218,7 +218,7 @@ def killed_run(words: list[str], out: Path, rng: random.Random, at: str | None =
 
 def assert_kills_change_nothing(kills: int, world: World, mdltool: Callable[..., Ran], tmp_path: Path) -> None:
     # more updates than the kills can use up, and one thread here and there, as the digest asks for
-    sets = ["--set", f"train.steps.0.updates={6 + kills}", "--workers", "1"]
+    sets = ["--set", f"train.steps.0.updates={6 + kills}", "--set", "train.log_clips=true", "--workers", "2"]
     steady = mdltool(*world.train_words(), *sets, "--out", tmp_path / "steady").path
     out, rng = tmp_path / "killed", random.Random(kills)
     words = [*world.train_words(), *sets, "--out", str(out)]
@@ -240,6 +240,8 @@ def assert_kills_change_nothing(kills: int, world: World, mdltool: Callable[...,
     assert [(x["step"], x["domain"], x.get("loss")) for x in logged[0]] == [
         (x["step"], x["domain"], x.get("loss")) for x in logged[1]
     ]
+    clips = [(path / "clips-0.jsonl").read_text() for path in (steady, out)]
+    assert clips[0] == clips[1], "no clip is seen twice or skipped"
 
 
 @pytest.fixture
