@@ -9,10 +9,11 @@ from typing import Any
 
 import yaml
 
-from mdltool.artifact import Artifact, begin
+from mdltool.artifact import Artifact, Draft, partial_path
 from mdltool.data.index import ShardIndex
 from mdltool.errors import MdlError
 from mdltool.files import write_text
+from mdltool.model import MultiDomainModel
 from mdltool.model_store import extended, find_backbone, load_model, seeded, stored_tensors, write_model_json
 from mdltool.overrides import apply_override
 from mdltool.recipe import validate
@@ -20,6 +21,9 @@ from mdltool.registry import did_you_mean
 from mdltool.schema import Recipe
 from mdltool.stages.fitting import fit, gather_data
 from mdltool.train.checkpoint import save_tensors
+from mdltool.train.distributed import join_world
+from mdltool.train.plan import Progress
+from mdltool.train.together import begin_together, open_together
 
 # What a recipe says of the training alone. The rest describes the network, its input or its test protocol.
 _CHANGEABLE = r"train\.(?!bn\b)|domains\.|data\.(batch|augment)\b|losses\b|val\b"
@@ -53,9 +57,9 @@ def run(
     own = bool(content["own_backbone"])
     inputs += [] if own else [find_backbone(source, work).as_input("backbone")]
     request = {"recipe": recipe.model_dump(mode="json"), "start_from": start_from}
-    draft = begin(
-        out, kind="model", stage="add-domain", inputs=inputs, request=request, resume="must" if resume else "ask"
-    )
+    world = join_world()
+    how = "must" if resume else "ask"
+    draft = begin_together(world, out, kind="model", stage="add-domain", inputs=inputs, request=request, resume=how)
     if isinstance(draft, Artifact):
         return draft
     seeded(recipe.train.seed)
@@ -63,24 +67,36 @@ def run(
     try:
         model = extended(load_model(source, work=work), domain, len(names), start_from)
     except MdlError:
-        draft.abandon(keep=draft.resumed)
+        if draft is not None:
+            draft.abandon(keep=draft.resumed)
         raise
-    progress = fit(recipe, model, data, draft.path, own_backbone=own, workers=workers, only=domain)
-    model.to("cpu")
-    save_tensors(draft.path / "weights" / "last.safetensors", stored_tensors(model, own))
-    whole = _joined(content["recipe"], recipe, domain)
-    classes = {name: tuple(entry["classes"]) for name, entry in content["domains"].items()} | {domain: names}
-    write_model_json(draft.path, model.spec, whole, classes, own, model.parameter_counts())
-    write_text(draft.path / "recipe.yaml", yaml.safe_dump(whole, sort_keys=False))
+    progress = fit(recipe, model, data, partial_path(out), own_backbone=own, workers=workers, only=domain)
+    if draft is not None:
+        save_tensors(draft.path / "weights" / "last.safetensors", stored_tensors(model.to("cpu"), own))
+        classes = {name: tuple(entry["classes"]) for name, entry in content["domains"].items()} | {domain: names}
+        _commit(draft, model, _joined(content["recipe"], recipe, domain), classes, own, progress)
+    return open_together(world, out, "model")
+
+
+def _commit(
+    draft: Draft,
+    model: MultiDomainModel,
+    recipe: dict[str, Any],
+    classes: dict[str, tuple[str, ...]],
+    own_backbone: bool,
+    progress: Progress,
+) -> None:
+    write_model_json(draft.path, model.spec, recipe, classes, own_backbone, model.parameter_counts())
+    write_text(draft.path / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
     summary = {
-        "recipe": whole["name"],
-        "added": domain,
+        "recipe": recipe["name"],
+        "added": list(classes)[-1],
         "domains": {name: {"classes": len(entry)} for name, entry in classes.items()},
         "updates": progress.update,
         "seconds": round(progress.seconds, 2),
         "val": progress.last_scores,
     }
-    return draft.commit(summary, volatile=("metrics.jsonl", "tensorboard"), drop=("checkpoints",))
+    draft.commit(summary, volatile=("metrics.jsonl", "tensorboard"), drop=("checkpoints",))
 
 
 def _joined(stored: dict[str, Any], recipe: Recipe, domain: str) -> dict[str, Any]:

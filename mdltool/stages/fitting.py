@@ -27,7 +27,7 @@ from mdltool.train.log import make_accelerator
 from mdltool.train.loop import Trainer
 from mdltool.train.objective import MultitrainObjective, Objective, Smoothing, TaskObjective
 from mdltool.train.optim import OptimizerSpec, ScheduleSpec
-from mdltool.train.plan import Headline, Progress, RunParts, StepSpec, TrainSpec
+from mdltool.train.plan import Headline, Progress, RunParts, StepSpec, TrainSpec, Validate
 
 
 @dataclass(frozen=True)
@@ -185,16 +185,9 @@ def fit(
             share=share,
         )
 
-    def validate(trained: MultiDomainModel) -> dict[str, dict[str, float]]:
-        return {
-            name: _validate_domain(recipe, trained, name, index, workers, world)
-            for name, index in ((n, d.val_index) for n, d in data.items())
-            if index is not None
-        }
-
     parts = RunParts(
         loader=loader,
-        validate=validate if any(d.val_index is not None for d in data.values()) else None,
+        validate=_validator(recipe, data, workers, world),
         stored=lambda trained: stored_tensors(trained, own_backbone),
         accelerator=make_accelerator(recipe.train.precision, folder, world),
         per_update=share.batches(order.batches),
@@ -214,6 +207,16 @@ def fit(
 def _say_epoch(data: Mapping[str, DomainData], order: Order, spec: TrainSpec) -> None:
     clips = ", ".join(f"{name} {len(part.train_index)}" for name, part in data.items())
     console.say(f"an epoch is {order.epoch} updates of {spec.total_updates} (clips: {clips})")
+
+
+def _validator(recipe: Recipe, data: Mapping[str, DomainData], workers: int, world: World) -> Validate | None:
+    """Scores the validation splits that are there."""
+    indices = {name: part.val_index for name, part in data.items() if part.val_index is not None}
+
+    def validate(model: MultiDomainModel) -> dict[str, dict[str, float]]:
+        return {n: _validate_domain(recipe, model, n, index, workers, world) for n, index in indices.items()}
+
+    return validate if indices else None
 
 
 def _validate_domain(
