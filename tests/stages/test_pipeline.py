@@ -350,18 +350,10 @@ def test_two_real_domains_are_learned_beyond_chance(
     recipe = yaml.safe_load(find("tiny_demo").read_text())
     recipe |= {"name": "ut", "domains": {d: {"task": "single_label"} for d in ("ut_set1", "ut_set2")}}
     (work / "ut.yaml").write_text(yaml.safe_dump(recipe))
-    # Some 40 clips to learn from: what is known of small data, chosen on the first three sequences, not on these.
-    changes = (
-        "train.steps.0.updates=400",
-        "train.steps.0.optimizer.weight_decay=0.05",
-        "backbone.weights=scratch",
-        "val.every=0",
-        "data.sampling={index: segments}",
-        "data.augment={crop: resized, area: [0.5, 1.0], flip: 0.5, mixup: 0.4, smoothing: 0.1}",
-    )
+    changes = ("train.steps.0.updates=400", "backbone.weights=scratch", "val.every=0", "data.augment.flip=0.5")
     words = [w for change in changes for w in ("--set", change)]
     path = mdltool("train", "--recipe", work / "ut.yaml", *words, "--work", work).path
-    evaluated = mdltool("eval", path, "--views", "1x3", "--work", work).path
+    evaluated = mdltool("eval", path, "--views", "10x3", "--work", work).path
     for domain, entry in json.loads((evaluated / "metrics.json").read_text())["domains"].items():
         clips, correct = entry["clips"]["listed"], round(entry["metrics"]["top1"] * entry["clips"]["listed"])
         chance = sum(comb(clips, k) * 5 ** (clips - k) for k in range(correct, clips + 1)) / 6**clips
