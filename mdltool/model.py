@@ -77,6 +77,9 @@ class MultiDomainModel(nn.Module):
 
     def __init__(self, backbone: Backbone, spec: ModelSpec) -> None:
         super().__init__()
+        for domain in spec.domains:
+            if hasattr(nn.ModuleDict, domain) or domain == "training":
+                raise MdlError(f"a domain cannot be called '{domain}'", "domains", f"call it {domain}_1")
         self.spec = spec
         self.route = backbone.route
         self.backbone = backbone

@@ -189,7 +189,27 @@ def _cross_faults(recipe: Recipe) -> list[str]:
     trains = {step.regime for step in recipe.train.steps}
     if trains == {"adapters"} and not recipe.adapters:
         faults.append("train.steps: regime 'adapters' without adapters trains nothing")
-    return faults + _training_faults(recipe)
+    return faults + _training_faults(recipe) + _norm_faults(recipe)
+
+
+def _norm_faults(recipe: Recipe) -> list[str]:
+    """What BatchNorms that move do not go with."""
+    faults, train = [], recipe.train
+    regimes = {step.regime for step in train.steps}
+    bn = train.bn or ("shared" if regimes & {"joint", "full"} else "frozen")
+    if train.split == "batches":
+        if train.sync_bn or bn in ("shared", "recalibrate"):
+            faults.append(
+                f"train.split: with 'batches' processes see different domains, which bn: {bn} or sync_bn would mix"
+                "; use bn: frozen, per_domain or per_domain_stats, without sync_bn"
+            )
+        elif bn != "frozen" and train.domain_order != "sequential":
+            faults.append("train.split: 'batches' with statistics per domain wants domain_order: sequential")
+    if bn == "recalibrate" and (train.domain_order == "random" or train.ema):
+        faults.append(
+            "train.bn: 'recalibrate' measures every domain, with the last weights: no random order, no ema"
+        )
+    return faults
 
 
 def _training_faults(recipe: Recipe) -> list[str]:
@@ -205,6 +225,11 @@ def _training_faults(recipe: Recipe) -> list[str]:
             faults.append("data.batch: mixed batches have one number of clips, of all domains together")
         if train.rounds_per_update > 1:
             faults.append("train.rounds_per_update: a mixed batch is an update; raise data.batch")
+    if train.compile and train.checkpoint_activations:
+        faults.append("train.compile: torch cannot compile what checkpoint_activations runs again")
+    if losses.weights is not None and losses.weights.mode == "uncertainty":
+        weighted = [name for name, part in recipe.domains.items() if part.weight != 1]
+        faults += [f"domains.{name}.weight: the weights are learned; leave it out" for name in weighted]
     if multitrain or train.batches == "mixed":
         tasks = {d.task for d in recipe.domains.values()} - {"single_label"}
         if tasks:

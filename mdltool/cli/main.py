@@ -103,6 +103,15 @@ def main() -> None:
         refused = re.search(r"\(os error (\d+)\)", str(error))
         if refused and not debug:
             _operating_system_error(OSError(int(refused[1]), os.strerror(int(refused[1]))))
+        # What a collective says when a process at its other end is gone.
+        if (
+            os.environ.get("WORLD_SIZE", "1") != "1"
+            and any(w in str(error) for w in ("gloo", "NCCL"))
+            and not debug
+        ):
+            fix = "it says why, unless it was killed; checkpoints are kept: --resume"
+            print(f"error: {MdlError('another process has ended', None, fix)}", file=sys.stderr)
+            sys.exit(1)
         # torch raises this wherever the main thread is when a process that reads clips dies.
         if "DataLoader worker" in str(error) and not debug:
             fix = "it may have run out of memory: start again with fewer --workers"

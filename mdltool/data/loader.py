@@ -21,7 +21,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from mdltool import console
-from mdltool.data.decode import decode
+from mdltool.data.decode import Decoded, decode
 from mdltool.data.index import ShardIndex
 from mdltool.data.order import AUGMENT, ORDER, START, Order, Share, Slot, rng_for, rows_of
 from mdltool.data.sampling import Sampling, clip_indices, random_start
@@ -98,8 +98,8 @@ class TrainLoader:
         self.names = [stream.index.domain for stream in streams]
         self.order = order
         self.share = share or Share()
-        for batch in next(order.updates(0, 1)):
-            self.share.check(len(batch), order.batches, " and ".join(rows_of(batch, self.names)))
+        for name, draws in order.draws_of.items():
+            self.share.check(draws, order.batches, name)
         self.per_update = self.share.batches(order.batches)
         self.batches = _Batches([_StreamReader(stream, seed) for stream in streams])
         self.updates = updates
@@ -150,6 +150,7 @@ class _StreamReader:
         self.sampling = stream.sampling
         self.transform = stream.transform
         self._orders: dict[int, np.ndarray] = {}
+        self._last: tuple[tuple[int, int], np.ndarray, Decoded] | None = None
 
     def load(self, slot: Slot, out_CTHW: torch.Tensor) -> tuple[int, list[tuple[str, str]]]:
         """Write a slot's frames to `out_CTHW`; returns its clip and (key, reason) of those passed over."""
@@ -176,19 +177,14 @@ class _StreamReader:
             self._orders[epoch] = epoch_order(self.index, self.seed, epoch)
         return self._orders[epoch]
 
+    def forget(self) -> None:
+        """Let go of the clip that was decoded last."""
+        self._last = None
+
     def _decode(self, clip: int, slot: Slot, out_CTHW: torch.Tensor) -> None:
-        metadata, video = self.index.clip(clip)
-        picked = np.empty(0, np.int64)
-
-        def choose(timeline: Timeline) -> Sequence[int]:
-            nonlocal picked
-            # A generator of its own: a damaged video asks twice, and gets the same draw.
-            rng = rng_for(self.seed, self.index.domain, START, slot.position)
-            start_s = random_start(timeline.duration_s, self.sampling.span_s(timeline), rng)
-            picked = clip_indices(timeline, start_s, self.sampling, rng)
-            return picked.tolist()
-
-        decoded = decode(video, choose, trim=trim_of(metadata))
+        if self._last is None or self._last[0] != (clip, slot.position):
+            self._last = ((clip, slot.position), *self._decoded(clip, slot.position))
+        _, picked, decoded = self._last
         copy = (slot.copy,) if slot.copy else ()
         rng = rng_for(self.seed, self.index.domain, AUGMENT, slot.position, *copy)
         if len(picked) == len(decoded.indices):
@@ -196,6 +192,22 @@ class _StreamReader:
         else:
             distinct_CTHW = self.transform(decoded.frames, rng)
             torch.index_select(distinct_CTHW, 1, torch.from_numpy(decoded.rows(picked)), out=out_CTHW)
+
+    def _decoded(self, clip: int, position: int) -> tuple[np.ndarray, Decoded]:
+        """(frame numbers of the clip, frames), the same for every augmented copy."""
+        metadata, video = self.index.clip(clip)
+        picked = np.empty(0, np.int64)
+
+        def choose(timeline: Timeline) -> Sequence[int]:
+            nonlocal picked
+            # A generator of its own: a damaged video asks twice, and gets the same draw.
+            rng = rng_for(self.seed, self.index.domain, START, position)
+            start_s = random_start(timeline.duration_s, self.sampling.span_s(timeline), rng)
+            picked = clip_indices(timeline, start_s, self.sampling, rng)
+            return picked.tolist()
+
+        decoded = decode(video, choose, trim=trim_of(metadata))
+        return picked, decoded
 
 
 class _Batches(Dataset[Batch]):
@@ -215,6 +227,8 @@ class _Batches(Dataset[Batch]):
             labels.append(torch.as_tensor(reader.index.labels[clip]))
             keys.append(reader.index.keys[clip])
             skipped += passed_over
+        for reader in self.readers:
+            reader.forget()
         domains = torch.tensor([slot.stream for slot in request.rows])
         return Batch(
             domain=next(iter(request.whole)) if len(request.whole) == 1 else None,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -87,9 +87,9 @@ class Share:
         if self.by == "rows":
             cells, cell = self.parts * self.world, part * self.world + self.rank
         if self.pairing is None:
-            return list(range(cell, len(batch), cells)), None
+            return _every(cells, cell, batch, range(len(batch))), None
         partner = _partners(batch, self.pairing)
-        firsts = [row for row in range(len(batch)) if row <= partner[row]][cell::cells]
+        firsts = _every(cells, cell, batch, (row for row in range(len(batch)) if row <= partner[row]))
         rows = firsts + [partner[row] for row in firsts if partner[row] != row]
         place = {row: number for number, row in enumerate(rows)}
         return rows, [place[partner[row]] for row in rows]
@@ -102,12 +102,15 @@ class Share:
         """How many micro-batches of an update of `whole` batches this process reads."""
         return sum(self.takes(number) for number in range(whole)) * self.parts
 
-    def check(self, rows: int, whole: int, where: str) -> None:
-        """Raise MdlError where a process would get nothing: every one takes the same number of steps."""
+    def check(self, draws: int, whole: int, where: str) -> None:
+        """Raise MdlError where a process would get nothing: every one takes the same number of steps.
+
+        draws: clips of a batch, each of which may be several rows.
+        """
         cells = self.parts * (self.world if self.by == "rows" else 1)
-        if (rows if self.pairing is None else (rows + 1) // 2) < cells:
+        if (draws if self.pairing is None else (draws + 1) // 2) < cells:
             raise MdlError(
-                f"a batch of {rows} clips of {where} cannot be shared by {self.world} processes"
+                f"a batch of {draws} clips of {where} cannot be shared by {self.world} processes"
                 + (f" in {self.parts} parts" if self.parts > 1 else ""),
                 where,
                 "raise the batch or start fewer processes",
@@ -127,6 +130,7 @@ class Order(ABC):
 
     batches: int
     epoch: int
+    draws_of: dict[str, int]  # clips drawn for a whole batch, by what it is of
 
     @abstractmethod
     def updates(self, start: int, stop: int) -> Iterator[list[list[Slot]]]:
@@ -156,6 +160,7 @@ class InTurn(Order):
         self._batch = [batch[name] for name in clips]
         self._seed, self._order, self._rounds, self._repeat = seed, order, rounds, repeat
         self._shares = proportions.of(clips) if proportions is not None else None
+        self.draws_of = {name: batch[name] for name in clips}
         self.batches = len(clips) * rounds
         self.epoch = max(-(-n // (batch[name] * rounds)) for name, n in clips.items())
 
@@ -212,6 +217,7 @@ class Mixed(Order):
         self.draws = _whole_numbers(proportions.of(clips) * total)
         self._total = int(self.draws.sum())
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self.draws_of = {" and ".join(clips): batch}
         self.batches = 1
         self.epoch = -(-self._total // batch)
 
@@ -239,6 +245,16 @@ class Mixed(Order):
         for stream, draws in enumerate(self.draws):
             occurrences[streams == stream] = np.arange(draws)
         return streams, occurrences
+
+
+def _every(cells: int, cell: int, batch: Sequence[Slot], rows: Iterable[int]) -> list[int]:
+    """Every cells-th clip's rows, from number `cell` on: copies of a clip stay together, for it is decoded once."""
+    clips: list[list[int]] = []
+    for row in rows:
+        if batch[row].copy == 0 or not clips:
+            clips.append([])
+        clips[-1].append(row)
+    return [row for chosen in clips[cell::cells] for row in chosen]
 
 
 def _partners(batch: Sequence[Slot], pairing: str) -> list[int]:

@@ -31,6 +31,8 @@ def pretrain(
         raise MdlError(
             "pretraining takes a recipe with one domain and no adapters", recipe.name, "tiny_pretrain is one"
         )
+    if recipe.heads.type != "linear":
+        raise MdlError("pretraining keeps its head as the classifier", "heads.type", "--set heads.type=linear")
     data = gather_data(recipe, shards)
     (domain,) = data
     spec = model_spec(recipe, {domain: len(data[domain].train_index.classes)})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -185,11 +186,12 @@ def fit(
             share=share,
         )
 
+    accelerator = make_accelerator(recipe.train.precision, folder, world)
     parts = RunParts(
         loader=loader,
-        validate=_validator(recipe, data, workers, world),
+        validate=_validator(recipe, data, workers, world, accelerator.autocast),
         stored=lambda trained: stored_tensors(trained, own_backbone),
-        accelerator=make_accelerator(recipe.train.precision, folder, world),
+        accelerator=accelerator,
         per_update=share.batches(order.batches),
         world=world,
     )
@@ -197,6 +199,8 @@ def fit(
     if recipe.train.checkpoint_activations:
         model.checkpoint_activations()
     if recipe.train.compile:
+        # Each domain is a way through the wrappers of its own, in both modes.
+        torch._dynamo.config.recompile_limit = max(8, 4 * len(recipe.domains))
         model.backbone.compile()
     progress = Trainer(model, spec, objective, folder, parts).run()
     if world.is_main and any(True for _ in objective.parameters()):
@@ -209,12 +213,19 @@ def _say_epoch(data: Mapping[str, DomainData], order: Order, spec: TrainSpec) ->
     console.say(f"an epoch is {order.epoch} updates of {spec.total_updates} (clips: {clips})")
 
 
-def _validator(recipe: Recipe, data: Mapping[str, DomainData], workers: int, world: World) -> Validate | None:
+def _validator(
+    recipe: Recipe,
+    data: Mapping[str, DomainData],
+    workers: int,
+    world: World,
+    autocast: Callable[[], AbstractContextManager[None]],
+) -> Validate | None:
     """Scores the validation splits that are there."""
     indices = {name: part.val_index for name, part in data.items() if part.val_index is not None}
 
     def validate(model: MultiDomainModel) -> dict[str, dict[str, float]]:
-        return {n: _validate_domain(recipe, model, n, index, workers, world) for n, index in indices.items()}
+        with autocast():
+            return {n: _validate_domain(recipe, model, n, index, workers, world) for n, index in indices.items()}
 
     return validate if indices else None
 

@@ -32,6 +32,9 @@ class World:
 def join_world() -> World:
     """Join the process group that torchrun, srun or accelerate set up; alone where there is none."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        if torch.cuda.is_available():  # srun says it otherwise than torchrun, and Accelerate reads torchrun's
+            local = os.environ.setdefault("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+            torch.cuda.set_device(int(local) % torch.cuda.device_count())
         # Objects and flags travel by gloo, also where gradients travel by NCCL.
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     if dist.is_initialized():
@@ -126,5 +129,6 @@ def sum_gradients(parameters: Sequence[nn.Parameter], world: World) -> None:
     for parameter, anywhere in zip(parameters, seen.tolist(), strict=True):
         size = parameter.numel()
         if anywhere:
-            parameter.grad = flat[offset : offset + size].view_as(parameter).clone()
+            # In the parameter's own memory format, which fused optimizers count on.
+            parameter.grad = torch.empty_like(parameter).copy_(flat[offset : offset + size].view_as(parameter))
         offset += size

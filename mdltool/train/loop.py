@@ -28,7 +28,7 @@ from mdltool.model import MultiDomainModel
 from mdltool.sync_norm import synchronise
 from mdltool.train.average import Average
 from mdltool.train.checkpoint import load_checkpoint, restore_optimizer, save_checkpoint, save_tensors
-from mdltool.train.distributed import share_buffers, sum_gradients, sum_over_ranks
+from mdltool.train.distributed import broadcast_object, share_buffers, sum_gradients, sum_over_ranks
 from mdltool.train.log import MetricsLog
 from mdltool.train.objective import Clips, MultitrainObjective, Objective
 from mdltool.train.optim import learning_rate, make_optimizer
@@ -73,6 +73,7 @@ class Trainer:
             synchronise(self.model, sum_over_ranks)
         if self._restored is not None:
             self._restore(*self._restored)
+        self._start_together()
         log = MetricsLog(self.folder, self.progress.update, self.run_parts.accelerator, self.world)
         try:
             with _stop_signals() as stopped, self._bar() as advance:
@@ -80,11 +81,6 @@ class Trainer:
             self._recalibrate()
             if self.spec.bn == "recalibrate" or self.progress.update not in self._validated:
                 self._validate(log)
-        except RuntimeError as error:
-            if self.world.size == 1 or not any(word in str(error) for word in ("gloo", "NCCL", "Connection")):
-                raise
-            fix = "it says why, unless it was killed; the last checkpoint is kept: --resume"
-            raise MdlError("another process has ended", None, fix) from error
         finally:
             log.close()
         if self._average is not None and self.world.is_main:
@@ -96,7 +92,19 @@ class Trainer:
         self.progress = Progress(**header["progress"])
         self.model.load_tensors(_under("model/", tensors), self.folder)
         self.objective.load_state_dict(_under("objective/", tensors))
+        scaler = self.run_parts.accelerator.scaler
+        if scaler is not None and self.progress.scaler is not None:
+            scaler.load_state_dict(self.progress.scaler)
         console.say(f"resuming after update {self.progress.update}")
+
+    def _start_together(self) -> None:
+        """Raise MdlError where this process would begin elsewhere than the first one."""
+        if broadcast_object(self.progress.update, self.world) != self.progress.update:
+            raise MdlError(
+                "this process does not see the checkpoint that the first one does",
+                self.folder,
+                "put --out on a file system that all of them share",
+            )
 
     @property
     def _validated(self) -> range:
@@ -138,6 +146,7 @@ class Trainer:
             restore_optimizer(optimizer, *self._restored)
         self._restored = None
         self._clip_norm = step.optimizer.clip_norm
+        self.run_parts.accelerator.free_memory()  # of the step before, whose optimizer it would unscale again
         optimizer = self.run_parts.accelerator.prepare(optimizer)
         rate = learning_rate(step.schedule, step.optimizer.lr, step.updates, self.spec.batches)
         for update in range(self.progress.update, begin + step.updates):
@@ -192,7 +201,8 @@ class Trainer:
         if self._clip_norm is not None:
             left_out = {id(p) for p in self.objective.weightless()}
             clipped = [p for p in parameters if id(p) not in left_out]
-            self.run_parts.accelerator.clip_grad_norm_(clipped, self._clip_norm)
+            self.run_parts.accelerator.unscale_gradients(optimizer)
+            torch.nn.utils.clip_grad_norm_(clipped, self._clip_norm)
         optimizer.step()
         if self._average is not None:
             self._average.update(update)
@@ -252,6 +262,8 @@ class Trainer:
         tensors |= {f"objective/{key}": value for key, value in self.objective.state_dict().items()}
         if self._average is not None:
             tensors |= {f"ema/{key}": value for key, value in self._average.shadow.items()}
+        scaler = self.run_parts.accelerator.scaler
+        self.progress.scaler = scaler.state_dict() if scaler is not None else None
         progress = dict(vars(self.progress))
         save_checkpoint(
             self.folder / "checkpoints", self.progress.update, tensors, optimizer, progress, self.spec.keep
@@ -306,10 +318,10 @@ class Trainer:
         self.model.eval()
         for norm in norms:
             norm.train()
-        rounds = self.spec.recalibrate_batches
-        batches = iter(self.run_parts.loader(max(0, self.spec.total_updates - rounds)))
+        updates = self.spec.recalibrate_batches
+        batches = iter(self.run_parts.loader(max(0, self.spec.total_updates - updates)))
         with torch.no_grad():
-            for batch in itertools.islice(batches, rounds * len(self.spec.domains)):
+            for batch in itertools.islice(batches, updates * self.run_parts.per_update):
                 self.model.features(batch.frames.to(self.device), batch.domain)
         for norm in norms:
             norm.recalibrating = False

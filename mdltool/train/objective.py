@@ -17,6 +17,7 @@ from mdltool.data.mixing import mixed_labels
 from mdltool.losses.multitrain import MultitrainLoss, Update
 from mdltool.losses.precision import full
 from mdltool.losses.targets import mixed_targets
+from mdltool.losses.weighting import UncertaintyWeights
 from mdltool.model import MultiDomainModel
 from mdltool.tasks import Task
 
@@ -156,8 +157,11 @@ class MultitrainObjective(Objective):
         if self.two_passes:
             total = total + (full(z_BF) * self._gradients[number]).sum()
         else:
-            informative, parts, _ = self.criterion.informative(z_BF, whole)
+            informative, terms, _ = self.criterion.informative(z_BF, whole)
             total = total + informative
+            parts = terms if self.criterion.expander is not None else {}
+        if isinstance(self.criterion.weights, UncertaintyWeights):
+            parts = parts | {f"log_variance_{d}": s for d, s in self.criterion.weights.log_variances.items()}
         own = torch.bincount(clips.domain_B, minlength=len(self.criterion.domains)).tolist()
         clips_of = dict(zip(self.criterion.domains, own, strict=True))
         norm = {d: whole.clips if self.criterion.spec.norm == "batch" else counts[d] for d in losses}

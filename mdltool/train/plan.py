@@ -96,3 +96,4 @@ class Progress:
     best_update: int | None = None
     best_seconds: float | None = None
     last_scores: dict[str, dict[str, float]] = field(default_factory=dict)
+    scaler: dict[str, float] | None = None  # of fp16's losses

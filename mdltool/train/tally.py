@@ -55,7 +55,12 @@ class Tally:
         for (number, domain, _, clips), loss in zip(self._losses, losses, strict=True):
             table[number, self.domains.index(domain)] += torch.tensor([loss, clips], dtype=torch.float64)
             if not math.isfinite(loss) and fault is None:
-                fault = self._not_finite(update, number, domain, loss)
+                keys = self._keys.get((number, domain), [])
+                fault = _fault(f"the loss of {domain} is {loss} at update {update + 1}", keys)
+        for name, value in self.terms.items():
+            if fault is None and not math.isfinite(float(value)):
+                keys = [key for keys in self._keys.values() for key in keys]
+                fault = _fault(f"the term '{name}' is {float(value)} at update {update + 1}", keys)
         flags = torch.tensor([float(stop), float(fault is not None)], dtype=torch.float64)
         if world.size > 1:
             message = torch.cat([flags, table.nan_to_num().flatten()])
@@ -73,12 +78,10 @@ class Tally:
         ]
         return lines, bool(flags[0] > 0)
 
-    def _not_finite(self, update: int, number: int, domain: str, loss: float) -> MdlError:
-        return MdlError(
-            f"the loss of {domain} is {loss} at update {update + 1}",
-            f"clips {', '.join(self._keys.get((number, domain), ()))}",
-            "lower the learning rate, or look at these clips; the last checkpoint is kept",
-        )
+
+def _fault(what: str, keys: Sequence[str]) -> MdlError:
+    fix = "lower the learning rate, or look at these clips; the last checkpoint is kept"
+    return MdlError(what, f"clips {', '.join(keys)}", fix)
 
 
 def domains_of(batch: Batch, domains: Sequence[str]) -> list[str]:

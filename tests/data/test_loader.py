@@ -21,7 +21,7 @@ import torch
 from mdltool.data import loader as loader_module
 from mdltool.data.index import ShardIndex
 from mdltool.data.loader import ClipViews, Stream, TrainLoader, ViewLoader, epoch_order
-from mdltool.data.order import InTurn, Order, Share
+from mdltool.data.order import InTurn, Mixed, Order, Share
 from mdltool.data.sampling import Sampling
 from mdltool.data.transforms import TrainTransform
 from mdltool.errors import MdlError
@@ -148,6 +148,26 @@ def test_each_permutation_has_every_clip_once(indices: list[ShardIndex]) -> None
     for epoch in range(3):
         assert sorted(keys[11 * epoch : 11 * epoch + 11]) == sorted(indices[0].keys)
     assert keys[:11] != keys[11:22] != keys[22:33]
+
+
+def test_copies_are_augmented_apart_and_decoded_once(
+    indices: list[ShardIndex], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = []
+
+    def counting(*args: object, **options: object) -> object:
+        opened.append(1)
+        return loader_module_decode(*args, **options)  # type: ignore[arg-type]
+
+    loader_module_decode = loader_module.decode
+    monkeypatch.setattr(loader_module, "decode", counting)
+    clips = {index.domain: len(index) for index in indices}
+    order = Mixed(clips, 4, seed=0, repeat=2)
+    for batch in batches(indices, updates=3, order=order):
+        for first in range(0, 8, 2):
+            assert batch.keys[first] == batch.keys[first + 1]
+            assert not torch.equal(batch.frames[first], batch.frames[first + 1])
+    assert len(opened) == 3 * 4
 
 
 def test_a_domain_smaller_than_its_batch(indices: list[ShardIndex]) -> None:

@@ -107,6 +107,14 @@ class TestShare:
             else:
                 assert all(batch[a].stream == batch[b].stream for a, b in pairs)
 
+    @pytest.mark.parametrize("pairing", [None, "mirrored"])
+    def test_copies_of_a_clip_stay_together(self, pairing: str | None) -> None:
+        (batch,) = next(Mixed(CLIPS, 10, seed=0, repeat=2).updates(0, 1))
+        for rank in range(3):
+            rows, _ = Share(rank, 3, pairing=pairing).rows(batch, 0)
+            clips = collections.Counter((batch[row].stream, batch[row].position) for row in rows)
+            assert set(clips.values()) == {2}
+
     def test_whole_batches(self) -> None:
         shares = [Share(rank, 2, by="batches") for rank in range(2)]
         assert [[s.takes(n) for n in range(4)] for s in shares] == [[True, False] * 2, [False, True] * 2]

@@ -208,9 +208,36 @@ def test_other_numbers_of_processes_go_on_without_repeating_or_skipping(
         ("train.split=batches", "each domain's own loss"),
         ("data.proportions={replicas: {meadow: 2}}", "no such domain"),
         ("domains.chalk.task=regression", "for single_label, not regression"),
+        ("domains.chalk.weight=2", "the weights are learned"),
     ],
 )
 def test_refused(change: str, message: str, world: World, mdltool: Callable[..., Ran], tmp_path: Path) -> None:
     ran = mdltool(*train_words(world, tmp_path / "m", change))
     assert ran.code == 1
     assert message in ran.err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (("train.split=batches", "train.bn=shared"), "would mix"),
+        (("train.split=batches", "train.bn=per_domain", "train.sync_bn=true"), "would mix"),
+        (("train.split=batches", "train.bn=per_domain", "train.domain_order=shuffled"), "domain_order: sequential"),
+        (("train.bn=recalibrate", "train.ema=0.9"), "no random order, no ema"),
+        (("train.compile=true", "train.checkpoint_activations=true"), "torch cannot compile"),
+    ],
+)
+def test_refused_in_turn(
+    changes: tuple[str, ...], message: str, world: World, mdltool: Callable[..., Ran], tmp_path: Path
+) -> None:
+    sets = [word for change in changes for word in ("--set", change)]
+    ran = mdltool(*world.train_words(), *sets, "--out", tmp_path / "m")
+    assert ran.code == 1
+    assert message in ran.err
+
+
+def test_pretraining_wants_a_linear_head(world: World, mdltool: Callable[..., Ran], tmp_path: Path) -> None:
+    data = ("--data", f"chalk={world.shards('chalk', 'train')}", "--work", world.work)
+    ran = mdltool("backbone", "pretrain", *data, "--set", "heads.type=mlp", "--out", tmp_path / "b")
+    assert ran.code == 1
+    assert "keeps its head as the classifier" in ran.err

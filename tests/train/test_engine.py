@@ -13,15 +13,19 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mdltool.errors import Stopped
+from mdltool.errors import MdlError, Stopped
 from mdltool.losses.multitrain import MultitrainLoss, MultitrainSpec
 from mdltool.model import MultiDomainModel, build_model
 from mdltool.sync_norm import batch_norm
-from mdltool.train.objective import MultitrainObjective
+from mdltool.train.distributed import World as Ranks
+from mdltool.train.distributed import sum_gradients
+from mdltool.train.objective import MultitrainObjective, Part
 from mdltool.train.optim import OptimizerSpec, make_optimizer
+from mdltool.train.tally import Tally
 from mdltool.types import Batch
 from tests.adapters.test_contract import clip, make, randomise
 from tests.conftest import World
@@ -184,6 +188,35 @@ def test_a_model_that_is_compiled_trains_as_it_does_otherwise() -> None:
     for key, value in found[0].items():
         torch.testing.assert_close(found[1][key], value, rtol=1e-3, atol=1e-4, msg=key)
     torch._dynamo.reset()
+
+
+def test_summed_gradients_have_their_parameters_memory_format(tmp_path: Path) -> None:
+    """Fused optimizers read parameter, gradient and moments by one set of strides."""
+    parameter = torch.nn.Parameter(torch.randn(4, 3, 3, 3, 3).contiguous(memory_format=torch.channels_last_3d))
+    parameter.grad = torch.randn(4, 3, 3, 3, 3)
+    expected = parameter.grad.clone()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        sum_gradients([parameter], Ranks(0, 2))
+    finally:
+        dist.destroy_process_group()
+    assert torch.equal(parameter.grad, expected)
+    assert parameter.grad.stride() == parameter.stride()
+
+
+def test_a_term_that_is_not_finite_stops_before_the_step() -> None:
+    tally = Tally(("a",), 1)
+    part = Part(torch.tensor(1.0), {"a": (torch.tensor(1.0), 2)}, {"covariance": torch.tensor(float("inf"))})
+    tally.add(Batch("a", torch.zeros(2), torch.zeros(2), ["a/0", "a/1"]), part)
+    with pytest.raises(MdlError, match="'covariance' is inf at update 5") as caught:
+        tally.finish(4, False, Ranks())
+    assert "a/0, a/1" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["train", "training", "keys"])
+def test_names_that_torch_keeps_for_itself(name: str) -> None:
+    with pytest.raises(MdlError, match=f"cannot be called '{name}'"):
+        build_model(tiny_spec(None, domains=(name,)))
 
 
 def ended(processes: list[subprocess.Popen[str]], within: float) -> list[tuple[int, str]]:
