@@ -12,16 +12,17 @@ import fcntl
 import hashlib
 import json
 import os
-import platform
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from mdltool import __version__
+from mdltool import __version__, remote
+from mdltool.environment import environment
 from mdltool.errors import MdlError
 from mdltool.files import digest_of, sha256_file, sync_directory, write_text
+from mdltool.remote import Url
 
 SCHEMA = 1
 KINDS = ("shards", "backbone", "model", "eval", "export", "report")
@@ -42,9 +43,9 @@ class Input:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A complete artifact directory, as its artifact.json describes it."""
+    """A complete artifact directory, as its artifact.json describes it. path: a Url where it lies elsewhere."""
 
-    path: Path
+    path: Path | Url
     kind: str
     stage: str
     name: str
@@ -56,53 +57,65 @@ class Artifact:
     manifest: dict[str, Any]
 
     def file(self, name: str) -> Path:
-        """Path of a listed file. Raises MdlError when the artifact does not list it or it lies outside."""
-        path = self.path / name
-        if name not in self.files or not _inside(path, self.path):
-            raise MdlError(f"the artifact has no file '{name}'", self.path, f"it holds: {', '.join(self.files)}")
-        if not path.is_file():
-            raise MdlError(f"a file of the artifact is gone: {name}", self.path, "make the artifact again")
+        """Path of a listed file. Raises MdlError when there is none on this machine, or it lies outside."""
+        path = self._listed(name)
+        if isinstance(path, Url):
+            raise MdlError(f"a {self.kind} artifact is used on this machine only", self.path, "copy it here")
         return path
+
+    def size(self, name: str) -> int:
+        """Bytes of a listed file: those that it has, or elsewhere those that artifact.json says."""
+        path = self._listed(name)
+        return path.stat().st_size if isinstance(path, Path) else int(self.files[name]["bytes"])
 
     def load_json(self, name: str) -> Any:
         """The parsed content of a listed JSON file. Raises MdlError where it was changed or damaged."""
-        path = self.file(name)
-        data = path.read_bytes()
+        path = self._listed(name)
+        data = remote.read(path)
         if hashlib.sha256(data).hexdigest() != self.files[name].get("sha256"):
             raise MdlError(f"{name} is not what the stage wrote (sha256 differs)", path, "make the artifact again")
         return json.loads(data)
 
+    def _listed(self, name: str) -> Path | Url:
+        path = self.path / name
+        if name not in self.files or not _inside(name, self.path):
+            raise MdlError(f"the artifact has no file '{name}'", self.path, f"it holds: {', '.join(self.files)}")
+        if isinstance(path, Path) and not path.is_file():
+            raise MdlError(f"a file of the artifact is gone: {name}", self.path, "make the artifact again")
+        return path
+
     def as_input(self, role: str) -> Input:
         return Input(role, self.kind, str(self.path.resolve()), self.digest)
 
-    def verify(self) -> list[str]:
-        """Check every file's size and sha256; returns the faults, empty when all is well."""
+    def verify(self, names: Iterable[str] | None = None) -> list[str]:
+        """Check files' sizes and sha256; returns the faults, empty when all is well. names: default all files."""
         faults = []
-        for name, entry in self.files.items():
-            path = self.path / name
-            if not _inside(path, self.path):
-                faults.append(f"{name}: lies outside the artifact")
-            elif not path.is_file():
-                faults.append(f"{name}: missing")
-            elif path.stat().st_size != entry["bytes"]:
-                faults.append(f"{name}: {path.stat().st_size} bytes, {entry['bytes']} expected")
-            elif sha256_file(path) != entry["sha256"]:
-                faults.append(f"{name}: content differs from its sha256")
+        for name in self.files if names is None else names:
+            entry = self.files[name]
+            fault: str | None = "lies outside the artifact"
+            if _inside(name, self.path):
+                fault = remote.fault(self.path / name, entry["bytes"], entry["sha256"])
+            if fault is not None:
+                faults.append(f"{name}: {fault}")
         if _digest(self.kind, self.stage, self.inputs, self.files) != self.digest:
             faults.append(f"{_MANIFEST}: its digest does not follow from its files and inputs")
         return faults
 
 
-def open_artifact(path: str | Path, kind: str | Iterable[str] | None = None) -> Artifact:
-    """Read an artifact directory. Raises MdlError when it is missing, incomplete, newer, or of another kind."""
-    path = Path(path)
+def open_artifact(path: str | Path | Url, kind: str | Iterable[str] | None = None) -> Artifact:
+    """Read an artifact directory, here or at an address.
+
+    Raises MdlError when it is missing, incomplete, newer, or of another kind.
+    """
+    path = remote.location(path)
     kinds = KINDS if kind is None else (kind,) if isinstance(kind, str) else tuple(kind)
     wanted = f"an artifact of kind {' or '.join(kinds)}" if kind is not None else "an artifact"
     manifest_path = path / _MANIFEST
-    if not manifest_path.is_file():
+    if isinstance(path, Path) and not (path / _MANIFEST).is_file():
         raise _not_an_artifact(path, wanted)
+    data = remote.read(manifest_path)
     try:
-        manifest = json.loads(manifest_path.read_text())
+        manifest = json.loads(data)
         schema = int(manifest["schema"])
         if schema > SCHEMA:
             raise MdlError(
@@ -376,24 +389,7 @@ def _digest(kind: str, stage: str, inputs: Iterable[Input], files: Mapping[str, 
     return digest_of(content)
 
 
-def _inside(path: Path, directory: Path) -> bool:
-    return path.resolve().is_relative_to(directory.resolve())
-
-
-def environment() -> dict[str, Any]:
-    """What made the artifact: versions and host. Not part of the digest."""
-    from importlib import metadata
-
-    versions = {}
-    for package in ("torch", "torchvision", "av", "torchcodec", "pytorchvideo", "numpy"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "host": platform.node(),
-        "cpus": os.cpu_count(),
-        "packages": versions,
-    }
+def _inside(name: str, directory: Path | Url) -> bool:
+    if isinstance(directory, Url):
+        return not name.startswith("/") and ".." not in name.split("/")
+    return (directory / name).resolve().is_relative_to(directory.resolve())

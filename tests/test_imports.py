@@ -13,7 +13,7 @@ ROOT = Path(mdltool.__file__).parent
 # A module may import from its own tier and the ones before it.
 TIERS = (
     ("errors",),
-    ("registry", "types", "files", "artifact", "lineage", "console"),
+    ("registry", "types", "files", "remote", "environment", "artifact", "lineage", "console"),
     ("wrapping", "convolution", "sync_norm", "recompute"),
     ("tasks", "adapters", "backbones", "losses", "heads"),
     ("model", "model_store", "train", "evaluate", "compress", "data", "report"),

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from mdltool.artifact import Artifact
 
 
-def piped_paths() -> list[Path] | None:
-    """The artifact paths that the stage before printed, or None where stdin is no pipe.
+def piped_paths() -> list[str] | None:
+    """The artifacts' paths or addresses that the stage before printed, or None where stdin is no pipe.
 
     Reads plain paths, one a line, and the objects of --json. Raises MdlError for an empty pipe: the stage before
     failed, and falling back to an older artifact would hide that.
@@ -34,12 +34,12 @@ def piped_paths() -> list[Path] | None:
         )
     if text.startswith("{"):
         try:
-            return [Path(json.loads(text)["artifact"])]
+            return [os.fspath(json.loads(text)["artifact"])]
         except (ValueError, KeyError, TypeError):
             raise MdlError(
                 "stdin holds no artifact's path", "stdin", "pipe from a stage, with or without --json"
             ) from None
-    return [Path(line) for line in text.splitlines() if line.strip()]
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def resolve(given: Path | None, kind: str, work: Path) -> Artifact:
@@ -69,7 +69,7 @@ def resolve(given: Path | None, kind: str, work: Path) -> Artifact:
 def shards_for(data: list[str] | None, work: Path, domains: list[str], splits: tuple[str, ...]) -> list[Artifact]:
     """Shards of --data D=PATH, and of the work directory (<work>/shards/<domain>-<split>) for domains not named.
 
-    Raises MdlError for a malformed --data or one whose shards are of another domain.
+    PATH may be an address. Raises MdlError for a malformed --data or one whose shards are of another domain.
     """
     from mdltool.artifact import open_artifact
     from mdltool.registry import did_you_mean
@@ -84,10 +84,12 @@ def shards_for(data: list[str] | None, work: Path, domains: list[str], splits: t
             )
         if domain not in domains:
             raise MdlError(f"there is no domain '{domain}' here", f"--data {entry}", did_you_mean(domain, domains))
-        artifact = open_artifact(Path(path), "shards")
+        artifact = open_artifact(path, "shards")
         inside = artifact.summary.get("domain")
         if inside != domain:
-            raise MdlError(f"these shards are of domain '{inside}'", f"--data {entry}", f"--data {inside}={path}")
+            raise MdlError(
+                f"these shards are of domain '{inside}'", f"--data {entry}", f"--data {inside}={artifact.path}"
+            )
         found.append(artifact)
         named.add((domain, str(artifact.summary.get("split"))))
     for domain in domains:

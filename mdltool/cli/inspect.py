@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,7 +18,7 @@ def register(app: typer.Typer) -> None:
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="An artifact directory.")],
+    path: Annotated[str, typer.Argument(help="An artifact directory, or its address.")],
     verify: Annotated[
         bool, typer.Option("--verify", help="Check every hash of it and of what it was made from.")
     ] = False,
@@ -32,11 +31,12 @@ def inspect(
     """What an artifact is and what it was made from, back to the shards. Exit code 1 where something is wrong."""
     from mdltool import console
     from mdltool.lineage import trace
+    from mdltool.remote import location
 
     if projections:
         _projections(path, topk, as_json)
         return
-    root = trace(path, verify)
+    root = trace(location(path), verify)
     if as_json:
         console.result_json(_json(root))
     else:
@@ -46,10 +46,13 @@ def inspect(
         more = f" (and {len(faults) - 5} more)" if len(faults) > 5 else ""
         raise MdlError("; ".join(faults[:5]) + more, path, "make the damaged or missing artifact again")
     if verify:
-        console.say("every hash is right")
+        unread = sorted({str(node.path) for node in root.walk() if node.unread})
+        for path in unread:
+            console.say(f"{path}: its shards were not read (mdltool inspect {path} --verify reads them)")
+        console.say("every other hash is right" if unread else "every hash is right")
 
 
-def _projections(path: Path, topk: int, as_json: bool) -> None:
+def _projections(path: str, topk: int, as_json: bool) -> None:
     from mdltool import console
     from mdltool.artifact import open_artifact
     from mdltool.stages import projections as stage
@@ -71,6 +74,7 @@ def _json(node: Node) -> dict[str, Any]:
         "kind": node.kind,
         "digest": node.digest,
         "faults": node.faults,
+        "unread": node.unread,
     }
     if node.artifact is not None:
         manifest = node.artifact.manifest

@@ -17,7 +17,11 @@ Out = Annotated[
 ]
 Data = Annotated[
     list[str] | None,
-    typer.Option("--data", help="DOMAIN=SHARDS; repeat it. The split is read from the shards.", metavar="D=PATH"),
+    typer.Option(
+        "--data",
+        help="DOMAIN=SHARDS, a path or an http, s3 or gs address; repeat it. The shards tell the split.",
+        metavar="D=PATH",
+    ),
 ]
 Recipe = Annotated[str, typer.Option("--recipe", help="A recipe's name (mdltool recipe list) or a YAML file.")]
 Set = Annotated[

@@ -23,7 +23,7 @@ def register(app: typer.Typer) -> None:
 
 def overlap(
     shards: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Argument(help="Shards artifacts, training and held-out ones (default: piped).", metavar="SHARDS..."),
     ] = None,
     list_file: Annotated[

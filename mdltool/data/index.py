@@ -1,4 +1,4 @@
-"""Reading shards: where each clip lies, and its bytes by one range read.
+"""Reading shards, here or at an address: where each clip lies, and its bytes by one range read.
 
 No torch here: planning and inspection read indices too. Nothing is unpickled and nothing is written.
 """
@@ -16,6 +16,7 @@ import numpy as np
 
 from mdltool.artifact import Artifact
 from mdltool.errors import MdlError
+from mdltool.remote import Url, read_range
 
 _META = "json"
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -27,10 +28,10 @@ class ShardIndex:
     domain, split, task: str. classes: names in label order, or a regression's targets. files: the shards' names.
     keys: [M]. labels: int64 [M] of single_label; float32 [M, N] of the others: 0 or 1 for each class, or each
     target's value. shard_of (position in files), offsets, sizes (bytes, tar headers included): int64 [M].
-    digest: the artifact's.
+    digest: the artifact's. lengths: bytes of each shard.
     """
 
-    def __init__(self, folder: Path, digest: str, content: dict[str, Any]) -> None:
+    def __init__(self, folder: Path | Url, digest: str, content: dict[str, Any]) -> None:
         self.folder = folder
         self.digest = digest
         self.domain = _typed(content, "domain", str)
@@ -46,6 +47,7 @@ class ShardIndex:
             np.array([_typed(member, name, int) for _, member in members], dtype=np.int64)
             for name in ("offset", "size")
         )
+        self.lengths: list[int] = []
         self.labels = _labels(self.task, [member for _, member in members], len(self.classes))
 
     @classmethod
@@ -55,11 +57,10 @@ class ShardIndex:
             raise MdlError(f"this is a {artifact.kind} artifact, not shards", artifact.path, "give shards")
         try:
             index = cls(artifact.path, artifact.digest, artifact.load_json("index.json"))
+            index.lengths = [artifact.size(file) for file in index.files]
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise _damaged(artifact.path, f"index.json: {error.args[0]}") from None
-        for number, file in enumerate(index.files):
-            own = index.shard_of == number
-            index._check_range(index.offsets[own], index.sizes[own], artifact.file(file))
+        index._check_ranges()
         if len(set(index.keys)) != len(index.keys):
             raise _damaged(artifact.path, "two clips have the same key")
         return index
@@ -69,8 +70,12 @@ class ShardIndex:
 
     def read(self, i: int) -> dict[str, bytes]:
         """A clip's members: extension -> bytes. Raises MdlError when they are not what the index says."""
-        path = self.folder / self.files[self.shard_of[i]]
-        data = _read_range(path, int(self.offsets[i]), int(self.sizes[i]))
+        shard, offset, size = (int(column[i]) for column in (self.shard_of, self.offsets, self.sizes))
+        path = self.folder / self.files[shard]
+        if isinstance(path, Url):
+            data = read_range(path, offset, size, self.lengths[shard])
+        else:
+            data = _read_range(path, offset, size)
         members: dict[str, bytes] = {}
         try:
             with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
@@ -97,11 +102,13 @@ class ShardIndex:
             raise _damaged(self.folder, f"the metadata of '{self.keys[i]}' belongs to another clip")
         return metadata, video
 
-    @staticmethod
-    def _check_range(offsets: np.ndarray, sizes: np.ndarray, path: Path) -> None:
+    def _check_ranges(self) -> None:
         # Compared without adding, which could overflow for the numbers of a hostile index.
-        length = path.stat().st_size
-        if ((offsets < 0) | (offsets > length) | (sizes <= 0) | (sizes > length - offsets)).any():
+        lengths = np.array(self.lengths, dtype=np.int64)[self.shard_of]
+        offsets, sizes = self.offsets, self.sizes
+        outside = (offsets < 0) | (offsets > lengths) | (sizes <= 0) | (sizes > lengths - offsets)
+        if outside.any():
+            path = self.folder / self.files[self.shard_of[outside.argmax()]]
             raise _damaged(path, "index.json points outside this file")
 
 
@@ -160,7 +167,7 @@ def _typed(entry: Any, name: str, kind: type) -> Any:
 
 
 def _read_range(path: Path, offset: int, size: int) -> bytes:
-    """Bytes of a shard. Remote shards come here too, once they do."""
+    """Bytes of a shard on this machine."""
     try:
         with open(path, "rb") as handle:
             handle.seek(offset)
@@ -172,5 +179,5 @@ def _read_range(path: Path, offset: int, size: int) -> bytes:
     return data
 
 
-def _damaged(where: Path, what: str) -> MdlError:
+def _damaged(where: Path | Url, what: str) -> MdlError:
     return MdlError(f"these shards are damaged: {what}", where, "mdltool inspect --verify, then make them again")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mdltool.artifact import Artifact
@@ -182,9 +181,7 @@ def lineage(e: Evaluated) -> str:
         note = "; ".join(node.faults)
         if node.kind == "shards" and summary:
             note = f"{summary.get('clips', '?')} clips, {summary.get('quarantined', 0)} quarantined"
-        rows.append(
-            (" \u2192 " * depth + (node.role or "eval"), node.kind, Path(node.path).name, node.digest[:12], note)
-        )
+        rows.append((" \u2192 " * depth + (node.role or "eval"), node.kind, node.path.name, node.digest[:12], note))
     return page.heading(e.label) + page.table(("used as", "kind", "name", "digest", ""), rows)
 
 

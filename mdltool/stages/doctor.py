@@ -17,7 +17,8 @@ _EXTRAS = {
     "tensorboard": "tensorboard",
     "onnx": "onnx",
     "huggingface_hub": "hub",
-    "fsspec": "remote",
+    "s3fs": "remote",
+    "gcsfs": "remote",
 }
 _SLURM = ("sbatch", "srun", "scontrol")
 
