@@ -40,7 +40,8 @@ class Listing:
     """What an annotation format found: classes in label order, clips, and what it noticed.
 
     classes: of a regression, the names of its targets. missing: (key, reason) of listed clips whose file is not
-    there. notes: sentences printed to the user (label base, classes seen against listed, ...).
+    there. notes: sentences printed to the user (label base, classes seen against listed, ...). excluded: how many
+    listed clips were left out at the user's wish.
     """
 
     classes: tuple[str, ...]
@@ -48,6 +49,7 @@ class Listing:
     missing: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
     task: str = "single_label"
+    excluded: int = 0
 
 
 @dataclass(frozen=True)

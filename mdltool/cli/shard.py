@@ -65,6 +65,9 @@ Workers = Annotated[
 ]
 Part = Annotated[str, typer.Option("--part", help="Write the i-th of n shares, i from 0.", metavar="I/N")]
 Merge = Annotated[bool, typer.Option("--merge", help="Join the parts given as arguments.")]
+Exclude = Annotated[
+    Path | None, typer.Option("--exclude", help="Leave out the clips of these keys, one a line (overlap --list).")
+]
 Verify = Annotated[str, typer.Option("--verify", help="probe: the first frame decodes; decode: all do.")]
 MaxBad = Annotated[str, typer.Option("--max-bad", help="Fail when more clips than this are unusable.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="List what would be written, and stop.")]
@@ -85,6 +88,7 @@ def shard(
     workers: Workers = None,
     part: Part = "",
     merge: Merge = False,
+    exclude: Exclude = None,
     verify: Verify = "probe",
     max_bad: MaxBad = "1%",
     dry_run: DryRun = False,
@@ -112,7 +116,8 @@ def shard(
 
     dataset = stage.Dataset(folder, format, domain, split, annotations, fold, classes)
     share = _part(part) if part else None
-    writing = stage.Writing(Encoding(encode, short_side, gop), _bytes(shard_size), verify == "decode", share)
+    encoding, size = Encoding(encode, short_side, gop), _bytes(shard_size)
+    writing = stage.Writing(encoding, size, verify == "decode", share, exclude)
     if dry_run:
         _show_outlook(dataset, writing, as_json)
         return

@@ -18,9 +18,9 @@ from typing import Any
 
 from mdltool import console
 from mdltool.artifact import Artifact, Draft, begin
+from mdltool.data.dataset import Dataset
 from mdltool.data.encode import Encoding, Job, Prepared, prepare
-from mdltool.data.formats import FORMATS
-from mdltool.data.formats.common import read_class_list, relative_name
+from mdltool.data.formats.common import relative_name
 from mdltool.data.shards import (
     SHARD_PREFIX,
     Naming,
@@ -50,33 +50,17 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Dataset:
-    """Videos and their annotations. annotations: what the format needs. classes: a file that fixes the labels."""
-
-    source: Path
-    format: str
-    domain: str
-    split: str
-    annotations: Path | None = None
-    fold: int = 1
-    classes: Path | None = None
-
-    def read(self) -> Listing:
-        """List the clips. Raises MdlError."""
-        read = FORMATS.load(self.format, "--format")
-        classes = read_class_list(self.classes) if self.classes else None
-        listing: Listing = read(self.source, self.annotations, self.split, self.fold, classes)
-        return listing
-
-
-@dataclass(frozen=True)
 class Writing:
-    """What decides the shards' bytes besides the clips. part: (i, n), the i-th of n shares, i from 0."""
+    """What decides the shards' bytes besides the data set.
+
+    part: (i, n), the i-th of n shares, i from 0. exclude: a file of the keys of clips to leave out.
+    """
 
     encoding: Encoding = field(default_factory=Encoding)
     shard_bytes: int = 10**9
     full_check: bool = False
     part: tuple[int, int] | None = None
+    exclude: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +80,7 @@ def default_name(dataset: Dataset, part: tuple[int, int] | None) -> str:
 
 def outlook(dataset: Dataset, writing: Writing) -> dict[str, Any]:
     """What `run` would write: counts, notes, and each shard's clips and bytes of source files."""
-    listing = dataset.read()
+    listing = dataset.read(writing.exclude)
     shards = _share(plan(listing.clips, writing.shard_bytes), writing.part)
     return {
         "domain": dataset.domain,
@@ -105,6 +89,7 @@ def outlook(dataset: Dataset, writing: Writing) -> dict[str, Any]:
         "classes": list(listing.classes),
         "clips": len(listing.clips),
         "missing": len(listing.missing),
+        "excluded": listing.excluded,
         "notes": list(listing.notes),
         "shards": [
             {"file": s.file, "clips": len(s.clips), "source_bytes": sum(f.size for f in s.sources)} for s in shards
@@ -120,7 +105,7 @@ def run(dataset: Dataset, out: Path, writing: Writing = Writing(), effort: Effor
     is finished is kept then.
     """
     with Pool(prepare, effort.workers, attrgetter("limit_s")) as pool:
-        listing = dataset.read()
+        listing = dataset.read(writing.exclude)
         console.say(f"{dataset.format}: {'; '.join(listing.notes)}")
         planned = plan(listing.clips, writing.shard_bytes)
         request = _request(dataset, listing, writing)
@@ -137,7 +122,7 @@ def run(dataset: Dataset, out: Path, writing: Writing = Writing(), effort: Effor
             missing = [{"key": key, "reason": reason} for key, reason in sorted(listing.missing)]
             unusable = [asdict(clip) for record in records for clip in record.unusable]
             entries = [record.as_index() for record in records if record.members]
-            return _commit(draft, naming.as_index(), entries, unusable, missing)
+            return _commit(draft, naming.as_index(), entries, unusable, missing, listing.excluded)
         except BaseException:
             draft.abandon(keep=True)
             raise
@@ -157,6 +142,8 @@ def _request(dataset: Dataset, listing: Listing, writing: Writing) -> dict[str, 
         "shard_bytes": writing.shard_bytes,
         "listing": digest_of([listing.classes, sorted(clips), sorted(listing.missing)]),
     }
+    if listing.excluded:  # which clips is in the listing
+        request["excluded"] = listing.excluded
     if writing.part is not None:
         request["part"] = list(writing.part)
     return request
@@ -299,7 +286,9 @@ def _write_part(folder: Path, part: tuple[int, int], planned: Sequence[PlannedSh
     write_text(folder / _PART, json.dumps(content))
 
 
-def _commit(draft: Draft, header: Row, shards: list[Row], unusable: list[Row], missing: list[Row]) -> Artifact:
+def _commit(
+    draft: Draft, header: Row, shards: list[Row], unusable: list[Row], missing: list[Row], excluded: int
+) -> Artifact:
     """Write the index and the lists of what is not there, and make the artifact whole.
 
     header: what begins index.json; shards, unusable, missing: rows of index.json and of the two lists.
@@ -317,6 +306,7 @@ def _commit(draft: Draft, header: Row, shards: list[Row], unusable: list[Row], m
         "classes": len(header["classes"]),
         **counts,
         "missing": len(missing),
+        "excluded": excluded,
         "shards": len(shards),
         "bytes": sum(shard["bytes"] for shard in shards),
     }
@@ -351,7 +341,8 @@ def merge(parts: Sequence[Artifact], out: Path | None, work: Path, max_bad: floa
             for shard in index["shards"]:
                 _take_over(part.file(shard["file"]), draft.path / shard["file"], shard["sha256"])
         shards = [shard for index in indices for shard in index["shards"]]
-        return _commit(draft, header, shards, unusable, _rows(parts[0], MISSING))
+        missing = _rows(parts[0], MISSING)
+        return _commit(draft, header, shards, unusable, missing, request.get("excluded", 0))
     except BaseException:
         draft.abandon(keep=True)
         raise

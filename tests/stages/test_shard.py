@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -236,6 +237,88 @@ def test_missing_files_are_counted_and_listed_but_not_bad(test_data: Path, tmp_p
     assert (artifact.summary["classes"], artifact.summary["quarantined"]) == (51, 0)
     assert found == artifact.summary["clips"] > 0
     assert found + artifact.summary["missing"] == found + len(rows(artifact, "missing.jsonl")) == 3570
+
+
+class TestExclude:
+    def test_listed_clips_are_left_out_and_counted(self, videos: Path, tmp_path: Path) -> None:
+        whole = run(dataset(videos), tmp_path / "whole", Writing(shard_bytes=SMALL))
+        keys = ShardIndex.open(whole).keys
+        drop = tmp_path / "drop.txt"
+        drop.write_text(f"{keys[3]}\n\n{keys[20]}\nbox/elsewhere\n")
+        made = run(dataset(videos), tmp_path / "made", Writing(shard_bytes=SMALL, exclude=drop))
+        index = ShardIndex.open(made)
+        assert index.keys == [key for i, key in enumerate(keys) if i not in (3, 20)]
+        assert index.classes == ShardIndex.open(whole).classes
+        assert (made.summary["clips"], made.summary["excluded"]) == (CLIPS - 2, 2)
+        assert whole.summary["excluded"] == 0
+        assert made.digest != whole.digest
+        same = outlook(dataset(videos), Writing(shard_bytes=SMALL, exclude=drop))
+        assert (same["clips"], same["excluded"]) == (CLIPS - 2, 2)
+        assert same["notes"][-1] == "excluded: 2 clips of drop.txt (not found: 1 of its keys, e.g. box/elsewhere)"
+
+    def test_it_is_what_is_made_without_these_files(self, videos: Path, tmp_path: Path) -> None:
+        drop = tmp_path / "drop.txt"
+        drop.write_text("box/clip_01\nwave/clip_10\n")
+        less = shutil.copytree(videos, tmp_path / "less")
+        (less / "box" / "clip.01.MP4").unlink()
+        (less / "wave" / "clip.10.MP4").unlink()
+        made = run(dataset(videos), tmp_path / "made", Writing(shard_bytes=SMALL, exclude=drop))
+        assert made.digest == run(dataset(less), tmp_path / "other", Writing(shard_bytes=SMALL)).digest
+
+    def test_parts_merge_to_the_whole(self, videos: Path, tmp_path: Path) -> None:
+        drop = tmp_path / "drop.txt"
+        drop.write_text("box/clip_01\n")
+        writing = Writing(shard_bytes=SMALL, exclude=drop)
+        whole = run(dataset(videos), tmp_path / "whole", writing)
+        parts = [run(dataset(videos), tmp_path / f"p{i}", replace(writing, part=(i, 2))) for i in range(2)]
+        merged = merge(parts, tmp_path / "merged", tmp_path, 0.01)
+        assert merged.digest == whole.digest
+        assert merged.summary == whole.summary
+        assert merged.request == whole.request
+        other = run(dataset(videos), tmp_path / "p1all", Writing(shard_bytes=SMALL, part=(1, 2)))
+        with pytest.raises(MdlError, match="another command"):
+            merge([parts[0], other], tmp_path / "never", tmp_path, 0.01)
+
+    def test_another_list_is_another_artifact(self, videos: Path, tmp_path: Path) -> None:
+        drop = tmp_path / "drop.txt"
+        drop.write_text("")
+        made = run(dataset(videos), tmp_path / "made", Writing(shard_bytes=SMALL))
+        assert run(dataset(videos), tmp_path / "made", Writing(shard_bytes=SMALL, exclude=drop)) == made
+        drop.write_text("box/clip_01\n")
+        with pytest.raises(MdlError, match="different: excluded, listing"):
+            run(dataset(videos), tmp_path / "made", Writing(shard_bytes=SMALL, exclude=drop))
+
+    def test_missing_files_on_the_list_are_not_missed(self, videos: Path, tmp_path: Path) -> None:
+        (tmp_path / "list.csv").write_text("path,label\nbox/clip.01.MP4,box\ngone.mp4,box\nlost.mp4,box\n")
+        (tmp_path / "drop.txt").write_text("gone\n")
+        source = Dataset(videos, "csv", "d", "train", tmp_path / "list.csv")
+        made = run(source, tmp_path / "made", Writing(exclude=tmp_path / "drop.txt"))
+        assert (made.summary["missing"], made.summary["excluded"]) == (1, 1)
+        assert [row["key"] for row in rows(made, "missing.jsonl")] == ["lost"]
+
+    def test_faults(self, videos: Path, tmp_path: Path) -> None:
+        with pytest.raises(MdlError, match="no such file") as caught:
+            dataset(videos).read(tmp_path / "none.txt")
+        assert caught.value.fix == "check --exclude"
+        every = tmp_path / "all.txt"
+        every.write_text("\n".join(clip.key for clip in dataset(videos).read().clips))
+        with pytest.raises(MdlError, match="every clip is excluded"):
+            dataset(videos).read(every)
+
+    def test_what_overlap_lists_is_left_out(
+        self, videos: Path, tmp_path: Path, mdltool: Callable[..., Ran]
+    ) -> None:
+        held_out = tmp_path / "held"
+        (held_out / "box").mkdir(parents=True)
+        shutil.copy(videos / "box" / "clip.05.MP4", held_out / "box")
+        words = ("--format", "folder", "--domain", "d", "--work", tmp_path)
+        train = mdltool("shard", videos, *words, "--split", "train").path
+        val = mdltool("shard", held_out, *words, "--split", "val").path
+        drop = tmp_path / "drop.txt"
+        assert mdltool("overlap", train, val, "--list", drop).code == 0
+        ran = mdltool("shard", videos, *words, "--split", "train", "--exclude", drop, "--out", tmp_path / "clean")
+        assert "excluded: 1 clips of drop.txt" in ran.err
+        assert mdltool("overlap", ran.path, val).out == "no overlap\n"
 
 
 class TestCommandLine:

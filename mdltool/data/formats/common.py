@@ -115,20 +115,20 @@ def _folded(name: str) -> str:
     return re.sub(r"[\s_]+", " ", name).strip().lower()
 
 
-def read_lines(path: Path) -> list[tuple[int, str]]:
-    """(line number from 1, stripped text) of the lines that are not blank. Raises MdlError."""
+def read_lines(path: Path, option: str = "--annotations") -> list[tuple[int, str]]:
+    """(line number from 1, stripped text) of lines that are not blank. Raises MdlError that names the option."""
     try:
         text = path.read_text("utf-8-sig")
     except FileNotFoundError:
-        raise MdlError("there is no such file", path, "check --annotations") from None
+        raise MdlError("there is no such file", path, f"check {option}") from None
     except (UnicodeDecodeError, IsADirectoryError) as error:
-        raise MdlError(f"this is not a text file ({error})", path, "check --annotations") from None
+        raise MdlError(f"this is not a text file ({error})", path, f"check {option}") from None
     return [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
 
 
 def read_class_list(path: Path) -> tuple[str, ...]:
     """The names of a class list, one a line, in label order. Raises MdlError for none and for repeated names."""
-    names = [line.strip('"').strip() for _, line in read_lines(path)]
+    names = [line.strip('"').strip() for _, line in read_lines(path, "--classes")]
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if not names or repeated:
         what = f"the class '{repeated[0]}' stands twice" if repeated else "the class list is empty"
