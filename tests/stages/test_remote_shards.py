@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry
 
 from mdltool import remote
 from mdltool.artifact import open_artifact
 from mdltool.data.index import ShardIndex
 from mdltool.errors import MdlError
-from tests.conftest import Ran, World
+from tests.conftest import TINY, Ran, World
 from tests.file_server import Server, server
 
 __all__ = ["server"]  # a fixture
@@ -134,6 +137,35 @@ def test_eval(
     assert open_artifact(here).digest == open_artifact(there).digest
     for name in ("metrics.json", "scores.parquet"):
         assert (here / name).read_bytes() == (there / name).read_bytes()
+
+
+def test_pretrain_and_add_domain(world: World, shards: Server, mdltool: Callable[..., Ran], tmp_path: Path) -> None:
+    sets = [w for key in TINY for w in ("--set", key)]
+    here, there = (
+        mdltool("backbone", "pretrain", *source, *sets, "--out", tmp_path / name).path
+        for name, source in (("here", world.data("chalk")), ("there", data(shards, *ALL[:2])))
+    )
+    assert open_artifact(there).digest == open_artifact(here).digest
+    words = ("train", "--recipe", "tiny_single", "--domain", "chalk", *sets, "--set", "backbone.weights=scratch")
+    one = mdltool(*words, *world.data("chalk"), "--out", tmp_path / "one")
+    here, there = (
+        mdltool("add-domain", one.path, *source, "--out", tmp_path / f"more-{name}").path
+        for name, source in (("here", world.data("neon")), ("there", data(shards, *ALL[2:])))
+    )
+    assert open_artifact(there).digest == open_artifact(here).digest
+
+
+def test_an_object_store(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_registry, "s3", MemoryFileSystem)
+    store = MemoryFileSystem()
+    folder = world.shards("neon", "val")
+    for path in folder.iterdir():
+        store.pipe_file(f"s3://bucket/neon-val/{path.name}", path.read_bytes())
+    here = ShardIndex.open(open_artifact(folder))
+    there = pickle.loads(pickle.dumps(ShardIndex.open(open_artifact("s3://bucket/neon-val"))))
+    assert [there.clip(i) for i in range(len(here))] == [here.clip(i) for i in range(len(here))]
+    assert open_artifact("s3://bucket/neon-val").verify() == []
+    store.store.clear()
 
 
 def test_one_message_when_the_server_fails_for_good(
