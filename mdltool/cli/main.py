@@ -82,6 +82,7 @@ def main() -> None:
         sys.exit(1)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
+        _leave_processes()
         sys.exit(75)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -89,6 +90,8 @@ def main() -> None:
     except SystemExit as end:
         if end.code == 130:  # typer's answer to the same
             print("interrupted", file=sys.stderr)
+        if not end.code:
+            _leave_processes()
         raise
     except BrokenPipeError:
         # the reader went away (| head); there is nobody to tell
@@ -125,6 +128,14 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(70)
+
+
+def _leave_processes() -> None:
+    """Leave the process group, whose threads would otherwise abort the interpreter's end now and then."""
+    if "torch.distributed" in sys.modules:
+        from mdltool.train.distributed import leave_world
+
+        leave_world()
 
 
 def _operating_system_error(error: OSError) -> None:
