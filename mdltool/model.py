@@ -6,70 +6,24 @@ Shape suffixes: B batch, C channels, T frames, H height, W width, P pooled posit
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
-from mdltool.adapters import ADAPTERS
-from mdltool.adapters.base import AdaptedSite, AdapterOptions, AnyAdapter, attach
+from mdltool.adapters.base import AdaptedSite, attach
 from mdltool.adapters.domain_norm import BATCH_NORMS as BATCH_NORM_LAYERS
 from mdltool.adapters.domain_norm import DomainBatchNorm, attach_domain_norms
-from mdltool.backbones import BACKBONES
-from mdltool.backbones.base import Backbone, some
+from mdltool.backbones.base import Backbone
 from mdltool.convolution import pad_short_inputs
 from mdltool.errors import MdlError
 from mdltool.heads import MlpHead
+from mdltool.model_spec import REGIMES, ModelSpec, build_backbone, method_of, sites_of
 from mdltool.recompute import recompute
 from mdltool.registry import did_you_mean
-from mdltool.types import Place, Site
 from mdltool.wrapping import DomainWrapper, library_modules, library_tensors
 
-RESERVED_DOMAINS = ("backbone", "shared", "head")
-REGIMES = ("frozen", "joint", "heads", "full", "adapters")
-BATCH_NORMS = ("frozen", "shared", "per_domain_stats", "per_domain", "recalibrate")
 _DOMAIN_NORMS = ("per_domain_stats", "per_domain", "recalibrate")
-
-
-@dataclass(frozen=True)
-class AdapterSpec:
-    """One entry of a recipe's adapters: method, where it goes, its options as plain values."""
-
-    type: str
-    sites: str | list[str]
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """Everything that decides a model's shape, as plain values; stored with the weights and enough to rebuild it.
-
-    domains: name -> number of head outputs. bn: how the backbone's BatchNorms treat domains.
-    """
-
-    backbone: str
-    backbone_options: dict[str, Any]
-    num_frames: int
-    crop: int
-    domains: dict[str, int]
-    adapters: list[AdapterSpec]
-    bn: str = "shared"
-    dropout: float = 0.5
-    head_init: str = "default"
-    head_std: float = 0.01
-    head: str = "linear"
-    head_hidden: int = 2048
-    logit_dropout: bool = False
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @staticmethod
-    def from_json(value: Mapping[str, Any]) -> ModelSpec:
-        adapters = [AdapterSpec(**entry) for entry in value["adapters"]]
-        return ModelSpec(**{**value, "adapters": adapters})
 
 
 class MultiDomainModel(nn.Module):
@@ -86,8 +40,8 @@ class MultiDomainModel(nn.Module):
         self.norms: dict[str, DomainBatchNorm] = {}
         self.sites: dict[str, AdaptedSite] = {}
         self._eval_modules: list[nn.Module] = []
-        parts = [(entry, *_method_of(entry)) for entry in spec.adapters]
-        sites = _sites_of(backbone, parts)
+        parts = [(entry, *method_of(entry)) for entry in spec.adapters]
+        sites = sites_of(backbone, parts)
         if spec.bn in _DOMAIN_NORMS:
             affine = spec.bn == "per_domain"
             self.norms = attach_domain_norms(backbone.net, spec.domains, affine, self.route)
@@ -266,29 +220,6 @@ def _head(spec: ModelSpec, features: int, outputs: int) -> nn.Module:
     return head
 
 
-def _method_of(entry: AdapterSpec) -> tuple[type[AnyAdapter], AdapterOptions]:
-    method = ADAPTERS.load(entry.type, "adapters.type")
-    return method, parse_options(method.Options, entry.options, f"adapters ({entry.type})")
-
-
-def build_backbone(spec: ModelSpec) -> Backbone:
-    """The bare backbone of a spec, with random weights."""
-    factory = BACKBONES.load(spec.backbone, "backbone.name")
-    options = parse_options(factory.Options, spec.backbone_options, f"backbone ({spec.backbone})")
-    return factory(options, spec.num_frames, spec.crop)
-
-
-def check_adapters(spec: ModelSpec) -> None:
-    """Raise MdlError for an adapter that the backbone has no site for; builds no weights."""
-    with torch.device("meta"):
-        declared = build_backbone(spec).places()
-    for entry in spec.adapters:
-        method, options = _method_of(entry)
-        for name in choose_sites(entry.sites, declared, method, options):
-            if name in declared and declared[name].kind not in method.kinds:
-                raise _no_site(method, declared)
-
-
 def build_model(spec: ModelSpec, backbone: Backbone | None = None) -> MultiDomainModel:
     """Assemble a model; adapters and heads are freshly initialised from torch's generator."""
     return MultiDomainModel(backbone or build_backbone(spec), spec)
@@ -306,63 +237,6 @@ def reuse_classifier(model: MultiDomainModel, classes: Mapping[str, list[str]], 
             head.load_state_dict(tensors)
             reused.append(domain)
     return reused
-
-
-def parse_options(schema: Any, values: Mapping[str, Any], where: str) -> Any:
-    """Plain values to a part's options. Raises MdlError with every fault."""
-    try:
-        return schema(**values)
-    except ValidationError as error:
-        faults = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        raise MdlError("; ".join(faults), where, f"keys: {', '.join(schema.model_fields)}") from None
-
-
-def _sites_of(
-    backbone: Backbone, parts: Iterable[tuple[AdapterSpec, type[AnyAdapter], AdapterOptions]]
-) -> list[list[Site]]:
-    parts = list(parts)
-    if not parts:
-        return []
-    declared = backbone.places()
-    chosen = [choose_sites(entry.sites, declared, method, options) for entry, method, options in parts]
-    extra = tuple(name for names in chosen for name in names if name not in declared)
-    sites = backbone.sites(extra)
-    return [[sites[name] for name in names] for names in chosen]
-
-
-def choose_sites(
-    sites: str | list[str], declared: Mapping[str, Place], method: type[AnyAdapter], options: AdapterOptions
-) -> list[str]:
-    """`all` that the method takes, `early-x` (those in the first x layers), `late-x` (in the last x), or a list of
-    site names or module paths.
-    """
-    if isinstance(sites, list):
-        return sites
-    taken = {name: place for name, place in declared.items() if method.takes(place, options)}
-    if not taken:
-        raise _no_site(method, declared)
-    if sites == "all":
-        return list(taken)
-    layers = sorted({place.layer for place in taken.values()})
-    side, _, number = sites.partition("-")
-    if side in ("early", "late") and number.isdigit() and 1 <= int(number) <= len(layers):
-        wanted = layers[: int(number)] if side == "early" else layers[-int(number) :]
-        return [name for name, place in taken.items() if place.layer in wanted]
-    raise MdlError(
-        f"'{sites}' is no choice of sites",
-        "adapters.sites",
-        f"all, early-x or late-x with x from 1 to {len(layers)}, or a list of {some(taken)}",
-    )
-
-
-def _no_site(method: type[AnyAdapter], declared: Mapping[str, Place]) -> MdlError:
-    name, takes = ADAPTERS.name_of(method), " or ".join(sorted(method.kinds))
-    kinds = sorted({place.kind for place in declared.values()})
-    return MdlError(
-        f"the backbone has no site for the adapter '{name}', which takes sites of kind {takes}",
-        "adapters",
-        f"this backbone offers sites of kind {', '.join(kinds)}; take an adapter for one of them",
-    )
 
 
 def count(modules: Iterable[nn.Module]) -> int:

@@ -21,7 +21,8 @@ from mdltool.artifact import Artifact, latest, open_artifact
 from mdltool.backbones.base import Backbone
 from mdltool.errors import MdlError
 from mdltool.files import write_text
-from mdltool.model import ModelSpec, MultiDomainModel, build_backbone, build_model
+from mdltool.model import MultiDomainModel, build_model
+from mdltool.model_spec import ModelSpec, build_backbone
 from mdltool.train.checkpoint import save_tensors
 
 # which weights -> without what a model has none of them

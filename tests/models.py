@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from mdltool.model import AdapterSpec, ModelSpec, MultiDomainModel, build_model
+from mdltool.model import MultiDomainModel, build_model
+from mdltool.model_spec import AdapterSpec, ModelSpec
 
 FRAMES, CROP = 4, 32
 

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from mdltool.errors import MdlError
-from mdltool.model import ModelSpec, build_backbone, build_model, reuse_classifier
+from mdltool.model import build_model, reuse_classifier
+from mdltool.model_spec import ModelSpec, build_backbone
 from mdltool.wrapping import library_tensors
 from tests.models import clips, tiny_model, tiny_spec
 

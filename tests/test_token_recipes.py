@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from mdltool.model import AdapterSpec, ModelSpec, build_model
+from mdltool.model import build_model
+from mdltool.model_spec import AdapterSpec, ModelSpec
 from mdltool.recipe import load, shipped
 from mdltool.stages import describe
 from tests.conftest import Ran

@@ -9,7 +9,8 @@ from torch import nn
 from mdltool.adapters.mst_adapter import MstAdapter
 from mdltool.artifact import Artifact
 from mdltool.errors import MdlError
-from mdltool.model import ModelSpec, build_model
+from mdltool.model import build_model
+from mdltool.model_spec import ModelSpec
 from mdltool.report import page, plots
 
 KERNELS = ("first kernel", "second kernel", "third kernel")

@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mdltool.evaluate.views import parse_views
 from mdltool.losses.multitrain import MultitrainLoss
-from mdltool.model import ModelSpec, MultiDomainModel, build_model
+from mdltool.model import MultiDomainModel, build_model
+from mdltool.model_spec import ModelSpec
 from mdltool.schema import Recipe
 from mdltool.stages.plan import model_spec, multitrain_spec, outputs_of
 

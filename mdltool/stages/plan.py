@@ -12,7 +12,7 @@ from mdltool.data.transforms import TrainTransform
 from mdltool.errors import MdlError
 from mdltool.evaluate.views import ViewSpec, parse_views
 from mdltool.losses.multitrain import MultitrainSpec
-from mdltool.model import AdapterSpec, ModelSpec, check_adapters
+from mdltool.model_spec import AdapterSpec, ModelSpec, check_adapters
 from mdltool.schema import Recipe
 
 

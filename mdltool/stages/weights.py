@@ -20,7 +20,8 @@ from mdltool.backbones.formats import to_library
 from mdltool.backbones.sources import HUB_FILES
 from mdltool.errors import MdlError
 from mdltool.files import digest_of, sha256_file
-from mdltool.model import count, parse_options
+from mdltool.model import count
+from mdltool.model_spec import parse_options
 from mdltool.model_store import read_tensors, save_backbone
 
 # What a transformers directory may hold its weights in; the first that is there is read.

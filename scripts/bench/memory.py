@@ -24,7 +24,8 @@ import torch
 from torch.nn import functional
 
 from mdltool.backbones import BACKBONES
-from mdltool.model import AdapterSpec, ModelSpec, MultiDomainModel, build_model
+from mdltool.model import MultiDomainModel, build_model
+from mdltool.model_spec import AdapterSpec, ModelSpec
 
 # Name -> (regime, adapters, the most memory as a part of full fine-tuning's).
 VARIANTS: dict[str, tuple[str, list[tuple[str, dict[str, Any]]], float | None]] = {

@@ -26,7 +26,8 @@ from accelerate import Accelerator
 from torch.nn import functional
 
 from mdltool.losses.multitrain import MultitrainLoss, MultitrainSpec
-from mdltool.model import AdapterSpec, ModelSpec, MultiDomainModel, build_model
+from mdltool.model import MultiDomainModel, build_model
+from mdltool.model_spec import AdapterSpec, ModelSpec
 from mdltool.tasks import SingleLabel
 from mdltool.train.loop import Trainer
 from mdltool.train.objective import MultitrainObjective, Objective, TaskObjective

@@ -14,7 +14,8 @@ from mdltool.adapters.base import AdaptedSite
 from mdltool.adapters.domain_norm import BATCH_NORMS
 from mdltool.backbones import BACKBONES
 from mdltool.backbones.base import Backbone
-from mdltool.model import AdapterSpec, ModelSpec, MultiDomainModel, build_backbone, build_model
+from mdltool.model import MultiDomainModel, build_model
+from mdltool.model_spec import AdapterSpec, ModelSpec, build_backbone
 from mdltool.wrapping import detach
 
 TINY = [name for name in BACKBONES if name.endswith("_tiny")]

@@ -12,7 +12,8 @@ from mdltool.adapters import ADAPTERS
 from mdltool.backbones import BACKBONES
 from mdltool.backbones.base import Backbone
 from mdltool.errors import MdlError
-from mdltool.model import AdapterSpec, ModelSpec, MultiDomainModel, build_model, count
+from mdltool.model import MultiDomainModel, build_model, count
+from mdltool.model_spec import AdapterSpec, ModelSpec
 
 FULL = [name for name in BACKBONES if not name.endswith(("_tiny", "_small"))]
 

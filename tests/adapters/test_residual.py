@@ -16,7 +16,8 @@ from mdltool.adapters import ADAPTERS
 from mdltool.adapters.base import attach
 from mdltool.backbones import BACKBONES
 from mdltool.errors import MdlError
-from mdltool.model import AdapterSpec, ModelSpec, MultiDomainModel, build_backbone, build_model, choose_sites
+from mdltool.model import MultiDomainModel, build_model
+from mdltool.model_spec import AdapterSpec, ModelSpec, build_backbone, choose_sites
 from mdltool.recipe import load
 from mdltool.stages import describe
 from mdltool.types import ModuleShape, Site

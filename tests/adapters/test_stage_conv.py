@@ -16,7 +16,8 @@ from mdltool.adapters.domain_norm import attach_domain_norms
 from mdltool.adapters.shared_norm import shared_norm
 from mdltool.backbones import BACKBONES
 from mdltool.errors import MdlError
-from mdltool.model import build_backbone, build_model
+from mdltool.model import build_model
+from mdltool.model_spec import build_backbone
 from mdltool.types import Site
 from mdltool.wrapping import Route, detach
 from tests.models import clips, tiny_model, tiny_spec

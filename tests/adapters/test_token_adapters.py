@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mdltool.adapters import ADAPTERS
 from mdltool.backbones.transformer import attend
-from mdltool.model import AdapterSpec, MultiDomainModel
+from mdltool.model import MultiDomainModel
+from mdltool.model_spec import AdapterSpec
 from mdltool.types import Site
 from mdltool.wrapping import TokenGrid, detach, library_modules
 from tests.models import clips, tiny_model

@@ -12,7 +12,7 @@ from mdltool.adapters import ADAPTERS
 from mdltool.backbones import BACKBONES
 from mdltool.backbones.transformer import Names, OpenBlock, block_places
 from mdltool.errors import MdlError
-from mdltool.model import choose_sites
+from mdltool.model_spec import choose_sites
 from mdltool.wrapping import TokenGrid
 from tests.adapters.test_mst import shifted
 from tests.adapters.test_token_adapters import Entry, assert_same, at_site, identity, model, tokens

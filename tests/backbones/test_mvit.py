@@ -16,7 +16,8 @@ from mdltool.backbones.base import Backbone
 from mdltool.backbones.multiscale import multiscale_attention, pooled
 from mdltool.backbones.mvit import block_settings
 from mdltool.errors import MdlError
-from mdltool.model import AdapterSpec, ModelSpec, MultiDomainModel, build_model
+from mdltool.model import MultiDomainModel, build_model
+from mdltool.model_spec import AdapterSpec, ModelSpec
 from mdltool.stages.describe import gflops_per_view
 from mdltool.wrapping import TokenGrid, detach, find
 

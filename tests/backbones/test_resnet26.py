@@ -10,7 +10,8 @@ from torch.nn import functional
 from mdltool.backbones import BACKBONES
 from mdltool.backbones.base import Backbone
 from mdltool.errors import MdlError
-from mdltool.model import AdapterSpec, ModelSpec, build_model
+from mdltool.model import build_model
+from mdltool.model_spec import AdapterSpec, ModelSpec
 from mdltool.stages.describe import gflops_per_view
 
 

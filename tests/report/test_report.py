@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from mdltool.artifact import Artifact, begin
-from mdltool.model import AdapterSpec, ModelSpec, build_model
+from mdltool.model import build_model
+from mdltool.model_spec import AdapterSpec, ModelSpec
 from mdltool.model_store import stored_tensors, write_model_json
 from mdltool.report import branches, page, plots
 from mdltool.train.checkpoint import save_tensors
