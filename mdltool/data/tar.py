@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
-import itertools
+import mmap
 import os
 import tarfile
 from collections.abc import Iterator
@@ -14,9 +16,7 @@ from pathlib import Path
 
 _RECORD_BYTES = tarfile.RECORDSIZE
 _BUFFER_BYTES = 8 << 20
-_THREAD_BYTES = 1 << 16  # less is hashed sooner than handed over
-# So often the kernel is told to begin writing to the disk; left alone it begins at the final fsync.
-_FLUSH_BYTES = 64 << 20
+_DIRECT = getattr(os, "O_DIRECT", 0)
 
 
 class ReadFault(Exception):
@@ -26,18 +26,27 @@ class ReadFault(Exception):
 class TarWriter:
     """A tar being written to `path`; other bytes of an existing file are lost.
 
-    Members are regular files of mode 0644 without owner and date, in POSIX (pax) format. A thread hashes one buffer
-    while the next is read and written. size: bytes so far. sha256: of the whole file, after `close`.
+    Members are regular files of mode 0644 without owner and date, in POSIX (pax) format. One thread hashes a full
+    buffer and another writes it while the next is filled. Where the file system can, it is written past the page
+    cache: to find pages for a gigabyte costs the kernel more than the disk needs, and evicts what training reads.
+    size: bytes so far. sha256: of the whole file, after `close`.
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = open(path, "w+b", buffering=0)  # noqa: SIM115 - closed by close and abandon
+        self._path = path
+        self._descriptor = _open(path)
         self._hash = hashlib.sha256()
-        self._thread = ThreadPoolExecutor(1)
-        self._hashing: Future[None] | None = None
-        self._buffers = itertools.cycle([memoryview(bytearray(_BUFFER_BYTES)) for _ in range(2)])
-        self._flushed = 0
-        self.size = 0
+        self._threads = ThreadPoolExecutor(2)
+        self._pending: list[Future[None]] = []
+        # Anonymous maps begin at a page, as writing past the cache needs it.
+        self._buffer, self._spare = (memoryview(mmap.mmap(-1, _BUFFER_BYTES)) for _ in range(2))
+        self._filled = 0
+        self._handed = 0  # bytes of the buffers that were full
+        self._open = True
+
+    @property
+    def size(self) -> int:
+        return self._handed + self._filled
 
     @property
     def sha256(self) -> str:
@@ -45,23 +54,22 @@ class TarWriter:
 
     def add(self, name: str, data: bytes) -> None:
         """Append a member."""
-        self._write(_header(name, len(data)))
-        self._write(data)
+        self._append(_header(name, len(data)))
+        self._append(data)
         self._pad(tarfile.BLOCKSIZE)
 
     def add_file(self, name: str, source: FileIO, size: int) -> None:
         """Append a member of `size` bytes from an open, unbuffered file. Raises ReadFault when they do not come."""
-        self._write(_header(name, size))
+        self._append(_header(name, size))
         left = size
         while left:
-            buffer = next(self._buffers)
             try:
-                count = source.readinto(buffer[: min(left, _BUFFER_BYTES)])
+                count = source.readinto(self._buffer[self._filled : self._filled + left])
             except OSError as error:
                 raise ReadFault(f"the file cannot be read ({error.strerror})") from error
             if not count:
                 raise ReadFault("the file changed while it was being read")
-            self._write(buffer[:count])
+            self._advance(count)
             left -= count
         self._pad(tarfile.BLOCKSIZE)
 
@@ -72,48 +80,97 @@ class TarWriter:
         try:
             yield
         except BaseException:
-            self._finish_hash()
-            self._file.truncate(size)
-            self._file.seek(0)
-            # Rare, so it is hashed again from the file: a copy at every member would stop the hashing thread.
-            self._hash = hashlib.file_digest(self._file, "sha256")
-            self.size = size
+            self._cut(size)
             raise
 
     def close(self) -> None:
         """End the tar and wait until it is on the disk."""
-        self._write(bytes(2 * tarfile.BLOCKSIZE))
+        self._append(bytes(2 * tarfile.BLOCKSIZE))
         self._pad(_RECORD_BYTES)
-        self._finish_hash()
-        os.fsync(self._file.fileno())
+        self._wait()
+        rest = self._buffer[: self._filled]
+        self._hash.update(rest)
+        self._write(rest)
+        os.fsync(self._descriptor)
         self.abandon()
 
     def abandon(self) -> None:
         """Close the file as it is."""
-        self._thread.shutdown()
-        self._file.close()
+        self._threads.shutdown()
+        if self._open:
+            os.close(self._descriptor)
+            self._open = False
 
-    def _finish_hash(self) -> None:
-        if self._hashing is not None:
-            self._hashing.result()
-            self._hashing = None
-
-    def _pad(self, multiple: int) -> None:
-        self._write(bytes(-self.size % multiple))
-
-    def _write(self, data: bytes | memoryview) -> None:
-        self._finish_hash()
-        if len(data) < _THREAD_BYTES:
-            self._hash.update(data)
-        else:
-            self._hashing = self._thread.submit(self._hash.update, data)
+    def _append(self, data: bytes) -> None:
         view = memoryview(data)
         while view:
-            view = view[self._file.write(view) :]
-        self.size += len(data)
-        if self.size - self._flushed >= _FLUSH_BYTES:
-            os.posix_fadvise(self._file.fileno(), self._flushed, self.size - self._flushed, os.POSIX_FADV_DONTNEED)
-            self._flushed = self.size
+            count = min(len(view), _BUFFER_BYTES - self._filled)
+            self._buffer[self._filled : self._filled + count] = view[:count]
+            self._advance(count)
+            view = view[count:]
+
+    def _pad(self, multiple: int) -> None:
+        self._append(bytes(-self.size % multiple))
+
+    def _advance(self, count: int) -> None:
+        """Count bytes that were put into the buffer; a full one is handed to the threads."""
+        self._filled += count
+        if self._filled == _BUFFER_BYTES:
+            self._wait()
+            full, self._buffer, self._spare = self._buffer, self._spare, self._buffer
+            self._pending = [self._threads.submit(work, full) for work in (self._hash.update, self._write)]
+            self._handed += _BUFFER_BYTES
+            self._filled = 0
+
+    def _wait(self) -> None:
+        pending, self._pending = self._pending, []
+        for future in pending:
+            future.result()
+
+    def _write(self, view: memoryview) -> None:
+        while view:
+            try:
+                view = view[os.write(self._descriptor, view) :]
+            except OSError as error:
+                # The end of the tar is no whole page, nor is what an almost full disk left over; some file systems
+                # refuse only now.
+                if error.errno != errno.EINVAL or not _past_cache(self._descriptor):
+                    raise
+                fcntl.fcntl(self._descriptor, fcntl.F_SETFL, _flags(self._descriptor) & ~_DIRECT)
+
+    def _cut(self, size: int) -> None:
+        """Go back to a smaller size."""
+        if size < self._handed:
+            # Rare, so it is hashed again from the file: a copy at every member would stop the hashing thread.
+            self._wait()
+            self._handed = size // _BUFFER_BYTES * _BUFFER_BYTES
+            self._hash = hashlib.sha256()
+            with self._path.open("rb") as file:
+                for _ in range(self._handed // _BUFFER_BYTES):
+                    file.readinto(self._buffer)
+                    self._hash.update(self._buffer)
+                file.readinto(self._buffer[: size - self._handed])
+            os.ftruncate(self._descriptor, self._handed)
+            os.lseek(self._descriptor, self._handed, os.SEEK_SET)
+        self._filled = size - self._handed
+
+
+def _open(path: Path) -> int:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    try:
+        return os.open(path, flags | _DIRECT, 0o666)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return os.open(path, flags, 0o666)
+
+
+def _flags(descriptor: int) -> int:
+    return fcntl.fcntl(descriptor, fcntl.F_GETFL)
+
+
+def _past_cache(descriptor: int) -> bool:
+    return bool(_flags(descriptor) & _DIRECT)
 
 
 def _header(name: str, size: int) -> bytes:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from mdltool.data import tar as tar_module
 from mdltool.data.encode import Prepared
 from mdltool.data.shards import (
     Naming,
@@ -100,7 +101,16 @@ class TestTar:
         assert listed.stdout.decode().splitlines() == ["a/b.mp4", LONG]
         assert listed.stderr == b""
 
-    def test_what_fails_half_way_leaves_no_trace(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("past_cache", [True, False])
+    @pytest.mark.parametrize("buffer_bytes", [tar_module._BUFFER_BYTES, 4096])
+    def test_what_fails_half_way_leaves_no_trace(
+        self, buffer_bytes: int, past_cache: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """In one buffer, or over several that are on the disk already; on file systems of both kinds."""
+        monkeypatch.setattr(tar_module, "_BUFFER_BYTES", buffer_bytes)
+        if not past_cache:
+            monkeypatch.setattr(tar_module, "_DIRECT", 0)
+
         def add_too_much(tar: TarWriter) -> None:
             with tar.whole(), open(tmp_path / "short", "rb", buffering=0) as handle:
                 tar.add("second", b"2" * 5000)
@@ -114,6 +124,7 @@ class TestTar:
                     add_too_much(tar)
             tar.add("fourth", b"4" * 600)
             tar.close()
+            assert hashlib.sha256(path.read_bytes()).hexdigest() == tar.sha256
             return path.read_bytes(), tar.sha256
 
         (tmp_path / "short").write_bytes(b"3" * 9000)
