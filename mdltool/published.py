@@ -12,6 +12,7 @@ import yaml
 from pydantic import Field, PlainValidator, ValidationError
 
 from mdltool.errors import MdlError
+from mdltool.evaluate.decathlon import Decathlon
 from mdltool.recipe import PUBLISHED, fault, recipe_dirs
 from mdltool.registry import did_you_mean
 from mdltool.schema import Part
@@ -121,6 +122,18 @@ def _row_faults(row: Row, columns: list[str], at: str) -> list[str]:
         *(f"{at}.cells.{c}: there is no such column; {did_you_mean(c, columns)}" for c in strange),
         *(f"{at}.corrected.{c}: this cell is not printed" for c in uncorrectable),
     ]
+
+
+def top1(row: Row) -> dict[str, float]:
+    """{domain: printed top-1 accuracy in percent} of a row."""
+    cells = ((column.rpartition("."), cell) for column, cell in row.cells.items())
+    return {domain: float(cell) for (domain, _, metric), cell in cells if metric == "top1" and domain}
+
+
+def decathlon_of(row: Row) -> float:
+    """The decathlon's score of a row's printed accuracies."""
+    score: float = Decathlon().score(top1(row))["score"]
+    return score
 
 
 def digits(table: PrintedTable, column: str) -> int:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mdltool.cli import options
+
+if TYPE_CHECKING:
+    from mdltool.evaluate.decathlon import Decathlon
 
 
 def register(app: typer.Typer) -> None:
@@ -23,6 +26,23 @@ def evaluate(
     split: Annotated[str, typer.Option("--split", help="Which of the work directory's shards to score.")] = "val",
     weights: Annotated[str, typer.Option("--weights", help="last, best or ema (averaged).")] = "last",
     precision: Annotated[str | None, typer.Option("--precision", help="fp32, bf16 or fp16.")] = None,
+    decathlon: Annotated[
+        bool, typer.Option("--decathlon", help="The score over all domains of the Visual Decathlon, too.")
+    ] = False,
+    baseline: Annotated[
+        Path | None,
+        typer.Option("--decathlon-baseline", help="JSON: DOMAIN -> accuracy in percent of another baseline."),
+    ] = None,
+    added: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--decathlon-add", help="The accuracy of a domain not measured here; repeat it.", metavar="D=PERCENT"
+        ),
+    ] = None,
+    scores: Annotated[
+        Path | None,
+        typer.Option("--scores", help="Score this JSON of accuracies (DOMAIN -> percent), or this eval, instead."),
+    ] = None,
     workers: options.Workers = None,
     work: options.Work = None,
     out: options.Out = None,
@@ -39,6 +59,10 @@ def evaluate(
     from mdltool.cli.inputs import default_workers, resolve, shards_for
     from mdltool.errors import MdlError
 
+    contest = _decathlon(decathlon, baseline, added, scores)
+    if contest is not None and scores is not None:
+        _score(contest, scores, as_json)
+        return
     for value, known, option in ((weights, _WEIGHTS, "--weights"), (precision, _PRECISIONS, "--precision")):
         if value is not None and value not in known:
             raise MdlError(f"'{value}' is not known", option, f"one of: {', '.join(known)}")
@@ -48,7 +72,7 @@ def evaluate(
 
     from mdltool.stages import evaluate as stage
 
-    suffix = "" if weights == "last" else f"-{weights}"
+    suffix = ("" if weights == "last" else f"-{weights}") + ("-decathlon" if decathlon else "")
     name = f"{chosen.name}-{views or 'views'}-{split}{suffix}"
     count = default_workers() if workers is None else workers
     artifact = stage.run(
@@ -58,6 +82,7 @@ def evaluate(
         views=views,
         weights=weights,
         precision=precision,
+        decathlon=contest,
         work=place,
         workers=count,
     )
@@ -86,3 +111,48 @@ def _table(metrics: dict[str, Any]) -> None:
     headings = (f"{name} %" if METRICS[name].endswith("%") else name for name in names)
     columns = ("domain", *headings, "clips", "listed", "missing")
     console.table(f"{metrics['views']} views", columns, rows)
+    if metrics["decathlon"] is not None:
+        _decathlon_table(metrics["decathlon"])
+
+
+def _decathlon(
+    wanted: bool, baseline: Path | None, added: list[str] | None, scores: Path | None
+) -> Decathlon | None:
+    """What --decathlon asks for; None without it."""
+    from mdltool.errors import MdlError
+    from mdltool.evaluate.decathlon import RA17, Decathlon, parse_added, read_baseline
+
+    if not wanted:
+        given = {"--decathlon-baseline": baseline, "--decathlon-add": added, "--scores": scores}
+        for option, value in given.items():
+            if value:
+                raise MdlError(f"{option} is about the decathlon's score", option, "add --decathlon")
+        return None
+    return Decathlon(RA17 if baseline is None else read_baseline(baseline), parse_added(added or ()))
+
+
+def _score(contest: Decathlon, source: Path, as_json: bool) -> None:
+    """The score of accuracies that are there already, in a file or in an eval."""
+    from mdltool import console
+    from mdltool.artifact import open_artifact
+    from mdltool.evaluate.decathlon import accuracies_of, read_accuracies
+
+    if source.is_dir():
+        accuracies = accuracies_of(open_artifact(source, "eval").load_json("metrics.json"), source)
+    else:
+        accuracies = read_accuracies(source)
+    contest.check(accuracies, source)
+    found = contest.score(accuracies)
+    if as_json:
+        console.result_json(found)
+    else:
+        _decathlon_table(found, to_stdout=True)
+
+
+def _decathlon_table(found: dict[str, Any], to_stdout: bool = False) -> None:
+    from mdltool import console
+    from mdltool.evaluate.decathlon import headline, table
+
+    columns, rows = table(found)
+    console.table(f"Visual Decathlon, against {found['baseline']}", columns, rows, to_stdout)
+    (console.result if to_stdout else console.say)(headline(found))

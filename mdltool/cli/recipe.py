@@ -136,7 +136,7 @@ def _list_published(paper: str | None, as_json: bool) -> None:
 def _print_table(table: PrintedTable) -> None:
     """A printed table, each row's recipes under its name; corrections and notes follow it."""
     from mdltool import console
-    from mdltool.published import digits, text
+    from mdltool.published import decathlon_of, digits, text
 
     decimals = {column: digits(table, column) for column in table.columns}
     rows: list[list[str]] = []
@@ -159,6 +159,9 @@ def _print_table(table: PrintedTable) -> None:
         remarks += [row.note] if row.note else []
         if remarks:
             console.result(f"{row.system}: {'; '.join(remarks)}")
+    if "decathlon_score" in table.columns:
+        scores = ", ".join(f"{row.system} {decathlon_of(row):.0f}" for row in table.rows)
+        console.result(f"decathlon_score by our formula, from the printed accuracies: {scores}")
     console.result(f"{table.note}\n" if table.note else "")
 
 

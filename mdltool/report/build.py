@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mdltool.artifact import Artifact
+from mdltool.evaluate import decathlon
 from mdltool.evaluate.metrics import METRICS, shown
 from mdltool.lineage import Node
 from mdltool.report import branches, page, plots
@@ -59,7 +60,7 @@ def document(evals: Sequence[Evaluated]) -> str:
     """The page of one or several evals."""
     names = ", ".join(e.label for e in evals)
     sections = [
-        page.section("Accuracy", headline(evals), published(evals)),
+        page.section("Accuracy", headline(evals), decathlons(evals), published(evals)),
         page.section("Parameters", parameters(evals)),
         *(page.section(f"Learning: {e.label}", learning(e)) for e in evals if e.model is not None),
         *(page.section(f"Branches: {e.label}", branch_weights(e)) for e in evals if e.model is not None),
@@ -89,6 +90,17 @@ def headline(evals: Sequence[Evaluated]) -> str:
     measured_on = ("clips", "listed", "missing", "views", "distinct", "decoder", "precision")
     columns = ("model", "domain", *(METRICS[name] for name in names), *measured_on)
     return page.table(columns, [*rows, *means], sums=len(means))
+
+
+def decathlons(evals: Sequence[Evaluated]) -> str:
+    """The Visual Decathlon's score of the evals that have it."""
+    parts = []
+    for e in evals:
+        found = e.metrics["decathlon"]
+        if found is not None:
+            caption = f"Visual Decathlon, {e.label}, against {found['baseline']}"
+            parts.append(page.table(*decathlon.table(found), caption) + page.paragraph(decathlon.headline(found)))
+    return "".join(parts)
 
 
 def published(evals: Sequence[Evaluated]) -> str:

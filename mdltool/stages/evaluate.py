@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mdltool.artifact import Artifact
 from mdltool.data.index import ShardIndex
 from mdltool.data.loader import ViewLoader
 from mdltool.errors import MdlError
+from mdltool.evaluate.decathlon import Decathlon, accuracies_of, check_task
 from mdltool.evaluate.metrics import domain_report, mean_over_domains, write_scores
 from mdltool.evaluate.scores import DomainScores, score_domain
 from mdltool.evaluate.views import parse_views
@@ -37,12 +39,14 @@ def run(
     views: str | None = None,
     weights: str = "last",
     precision: str | None = None,
+    decathlon: Decathlon | None = None,
     work: Path | None = None,
     workers: int = 1,
 ) -> Artifact:
     """Score every clip once over all processes; rank 0 writes the artifact and every rank returns it.
 
-    views: TxS, default the recipe's. precision: fp32, bf16 or fp16, default the recipe's.
+    views: TxS, default the recipe's. precision: fp32, bf16 or fp16, default the recipe's. decathlon: what the score
+    over domains is taken against; None: no such score.
     """
     content = model_artifact.load_json("model.json")
     recipe = Recipe.model_validate(content["recipe"])
@@ -50,9 +54,15 @@ def run(
     precision = precision or recipe.train.precision
     parse_views(grid)  # refuses a malformed grid before any work
     indices = _check_shards(content, list(shards))
+    if decathlon is not None:
+        for domain, (artifact, index) in indices.items():
+            check_task(domain, index.task, artifact.path)
+        decathlon.check(indices, "--decathlon")
     grids = {domain: grid_of(recipe, domain, views) for domain in indices}
     world = join_world()
-    request = {"views": grid, "weights": weights, "precision": precision}
+    request: dict[str, Any] = {"views": grid, "weights": weights, "precision": precision}
+    if decathlon is not None:  # an eval without it keeps the request that it always had
+        request["decathlon"] = asdict(decathlon)
     inputs = [model_artifact.as_input("model")] + [a.as_input("data") for a, _ in indices.values()]
     draft = begin_together(world, out, kind="eval", stage="eval", inputs=inputs, request=request)
     if isinstance(draft, Artifact):
@@ -62,13 +72,15 @@ def run(
         d: _score(model, recipe, d, index, grids[d], precision, workers, world) for d, (_, index) in indices.items()
     }
     if draft is not None:
-        report = _report(recipe, found, indices, grids, {"model_digest": model_artifact.digest, **request})
+        head = {"model_digest": model_artifact.digest, "views": grid, "weights": weights}
+        report = _report(recipe, found, indices, grids, head, precision)
+        if decathlon is not None:
+            report["metrics"]["decathlon"] = decathlon.score(accuracies_of(report["metrics"], out))
         write_text(draft.path / "metrics.json", json.dumps(report["metrics"], indent=1))
         write_text(draft.path / "confusion.json", json.dumps(report["confusion"]))
         scores = {d: f for d, f in found.items() if f is not None}
         write_scores(draft.path / "scores.parquet", scores, {d: index for d, (_, index) in indices.items()})
-        domains, mean = report["metrics"]["domains"], report["metrics"]["mean"]
-        draft.commit({"views": grid, "domains": {d: e["metrics"] for d, e in domains.items()}, "mean": mean})
+        draft.commit(_summary(report["metrics"]))
     return open_together(world, out, "eval")
 
 
@@ -138,10 +150,10 @@ def _report(
     indices: dict[str, tuple[Artifact, ShardIndex]],
     grids: dict[str, str],
     head: dict[str, Any],
+    precision: str,
 ) -> dict[str, Any]:
     """The contents of metrics.json and confusion.json, which has the domains of single labels."""
     domains, confusion = {}, {}
-    precision = head.pop("precision")
     for domain, scores in found.items():
         assert scores is not None
         artifact, index = indices[domain]
@@ -159,6 +171,14 @@ def _report(
         _say_collapsed(domain, scores, grids[domain])
     metrics = {**head, "domains": domains, "mean": mean_over_domains(domains), "decathlon": None}
     return {"metrics": metrics, "confusion": confusion}
+
+
+def _summary(metrics: dict[str, Any]) -> dict[str, Any]:
+    domains = {domain: entry["metrics"] for domain, entry in metrics["domains"].items()}
+    summary = {"views": metrics["views"], "domains": domains, "mean": metrics["mean"]}
+    if metrics["decathlon"] is not None:
+        summary["decathlon"] = metrics["decathlon"]["score"]
+    return summary
 
 
 def _say_collapsed(domain: str, scores: DomainScores, grid: str) -> None:
