@@ -5,7 +5,8 @@ Shape suffixes: B batch, C channels, T frames, H height, W width, P pooled posit
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,15 +61,47 @@ class MultiDomainModel(nn.Module):
         self.mean: Tensor
         self.std: Tensor
 
-    def forward(self, frames_BCTHW: Tensor, domain: str) -> Tensor:
-        """Logits [B, N] of clips of one domain: uint8 frames, or floats that are normalised already."""
-        if domain not in self.heads:
-            raise MdlError(f"the model has no domain '{domain}'", "domain", did_you_mean(domain, self.spec.domains))
-        return self.logits(self.features(frames_BCTHW, domain), domain)
+    def forward(self, frames_BCTHW: Tensor, domain: str | Sequence[str]) -> Tensor | list[Tensor]:
+        """Logits of clips: uint8 frames, or floats that are normalised already.
+
+        domain: that of all clips, and the logits are [B, N]; or each clip's, and they are a list of B tensors [N]
+        in the clips' order, N by domain. Clips of several domains share one pass through the backbone; that is for
+        inference: MdlError in training mode.
+        """
+        for name in [domain] if isinstance(domain, str) else dict.fromkeys(domain):
+            if name not in self.heads:
+                raise MdlError(f"the model has no domain '{name}'", "domain", did_you_mean(name, self.spec.domains))
+        if isinstance(domain, str):
+            return self.logits(self.features(frames_BCTHW, domain), domain)
+        return self._mixed(frames_BCTHW, domain)
+
+    def _mixed(self, frames_BCTHW: Tensor, domains: Sequence[str]) -> list[Tensor]:
+        """Each clip's logits [N]. The batch is sorted by domain meanwhile, so that a domain's rows are adjacent."""
+        if len(domains) != len(frames_BCTHW):
+            what = f"{len(frames_BCTHW)} clips and {len(domains)} domains"
+            raise MdlError(what, "domain", "give one domain for each clip, or one name for all")
+        counts = Counter(domains)  # in the order of their first clips
+        if self.training and len(counts) > 1:
+            raise MdlError("a batch of several domains is for inference", "domain", "model.eval()")
+        if not counts:
+            return []
+        if len(counts) == 1:
+            self.route.serve(domains[0])
+        else:
+            self.route.serve(None, tuple(counts.items()))
+        order = [i for domain in counts for i, name in enumerate(domains) if name == domain]
+        features_BPF = self._run(frames_BCTHW if order == sorted(order) else frames_BCTHW[order])
+        parts = zip(counts, features_BPF.split(list(counts.values())), strict=True)
+        logits = [row for domain, part_BPF in parts for row in self.logits(part_BPF, domain)]
+        return [row for _, row in sorted(zip(order, logits, strict=True), key=lambda entry: entry[0])]
 
     def features(self, frames_BCTHW: Tensor, domain: str | None) -> Tensor:
         """[B, P, F] of clips; domain None: of several domains, for a model that all of it is shared by."""
-        self.route.domain = domain
+        self.route.serve(domain)
+        return self._run(frames_BCTHW)
+
+    def _run(self, frames_BCTHW: Tensor) -> Tensor:
+        """[B, P, F] of clips of what the route says."""
         if frames_BCTHW.dtype == torch.uint8:
             frames_BCTHW = (frames_BCTHW.to(self.mean.dtype) / 255 - self.mean) / self.std
         features_BPF: Tensor = self.backbone(frames_BCTHW)
@@ -153,7 +186,7 @@ class MultiDomainModel(nn.Module):
         if with_backbone:
             named |= {f"backbone/{key}": value for key, value in library_tensors(self.backbone.net)}
         for site, wrapper in self._wrappers():
-            for domain, module in wrapper.domain_modules().items():
+            for domain, module in wrapper.domain_modules.items():
                 named |= {f"{domain}/{site}/{key}": value for key, value in _state(module)}
             if isinstance(wrapper, AdaptedSite) and wrapper.shared is not None:
                 named |= {f"shared/{site}/{key}": value for key, value in _state(wrapper.shared)}
@@ -185,7 +218,7 @@ class MultiDomainModel(nn.Module):
         """
         per_domain = {}
         for domain in self.spec.domains:
-            owned = [w.domain_modules()[domain] for _, w in self._wrappers()]
+            owned = [w.domain_modules[domain] for _, w in self._wrappers()]
             per_domain[domain] = {"adapters": count(owned), "head": count([self.heads[domain]])}
         adapters = sum(entry["adapters"] for entry in per_domain.values())
         if self.spec.bn == "per_domain":

@@ -1,13 +1,14 @@
 """How a library's network is opened without changing it: wrappers that keep what they wrap, and take it out again.
 
-`Route` carries what one forward pass is about: which domain, and how the tokens lie. Shape suffixes: B batch, T
-time slices, H height, W width, N tokens, C channels.
+`Route` carries what one forward pass is about: which domain, or which domains, and how the tokens lie. Shape
+suffixes: B batch, T time slices, H height, W width, N tokens, C channels.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -54,11 +55,37 @@ class TokenGrid:
 
 
 class Route:
-    """Which domain the wrappers of one model serve now, and its tokens' grid; set during every forward."""
+    """Which domain the wrappers of one model serve now, and its tokens' grid; set during every forward.
+
+    segments: of a batch of several domains, each one's (domain, clips) in the batch's order; `domain` is None then.
+    """
 
     def __init__(self, domain: str | None = None) -> None:
         self.domain = domain
+        self.segments: tuple[tuple[str, int], ...] = ()
         self.tokens: TokenGrid | None = None
+
+    def serve(self, domain: str | None, segments: Sequence[tuple[str, int]] = ()) -> None:
+        """The forward that begins is of one domain, or of several in segments."""
+        self.domain, self.segments = domain, tuple(segments)
+
+    def rows(self, x: Tensor) -> list[tuple[str, Tensor]]:
+        """Each segment's rows of a tensor whose first axis is B, or B * T with a clip's frames adjacent."""
+        clips = sum(number for _, number in self.segments)
+        each, rest = divmod(len(x), clips)
+        assert rest == 0, f"{len(x)} rows are no multiple of {clips} clips"
+        parts = x.split([number * each for _, number in self.segments])
+        return [(domain, part) for (domain, _), part in zip(self.segments, parts, strict=True)]
+
+    @contextmanager
+    def only(self, domain: str) -> Iterator[None]:
+        """While one segment's rows alone go through a module."""
+        before = self.domain, self.segments
+        self.serve(domain)
+        try:
+            yield
+        finally:
+            self.serve(*before)
 
 
 class Wrapper(nn.Module, ABC):
@@ -74,15 +101,20 @@ class Wrapper(nn.Module, ABC):
 
 
 class DomainWrapper(Wrapper):
-    """A wrapper that holds something for each domain."""
+    """A wrapper that holds a module for each domain."""
 
     def __init__(self, inner: nn.Module, route: Route) -> None:
         super().__init__(inner)
         self.route = route
 
+    @property
     @abstractmethod
-    def domain_modules(self) -> Mapping[str, nn.Module]:
+    def domain_modules(self) -> nn.ModuleDict:
         """What each domain owns here: parameters and buffers."""
+
+    @abstractmethod
+    def fresh(self) -> nn.Module:
+        """What one more domain would own here, as training begins with it; it is not added."""
 
 
 def find(net: nn.Module, path: str) -> nn.Module:

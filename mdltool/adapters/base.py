@@ -8,10 +8,11 @@ the domains share, and asks the model's Route which domain is active. Nothing el
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Annotated, Any, ClassVar
 
+import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict
 from torch import Tensor, nn
 
@@ -88,43 +89,73 @@ class TokenAdapter(AnyAdapter):
 
 
 class AdaptedSite(DomainWrapper):
-    """A site's module with one adapter per domain and the part that domains share."""
+    """A site's module with one adapter per domain and the part that domains share. build: makes one adapter."""
 
-    def __init__(self, inner: nn.Module, site: Site, adapters: Mapping[str, AnyAdapter], route: Route) -> None:
+    def __init__(self, inner: nn.Module, site: Site, build: Callable[[], AnyAdapter], route: Route) -> None:
         super().__init__(inner, route)
         self.site = site
-        self.adapters = nn.ModuleDict(adapters)
+        self.build = build
+        self.adapters = nn.ModuleDict()
         self.shared: nn.Module | None = None
 
     def forward(self, x: Tensor, *rest: Tensor | None) -> Tensor:
         """rest: what an adapter outside this one gives to the site's own module."""
-        y = self._adapt(partial(_with, self.inner, rest) if rest else self.inner, x)
+        inner: Inner = partial(_with, self.inner, rest) if rest else self.inner
+        if self.route.segments:
+            common = _Common(inner, x, self.route)
+            parts = enumerate(self.route.rows(x))
+            y = torch.cat([self._adapt(d, partial(common, i, rows), rows) for i, (d, rows) in parts])
+        else:
+            assert self.route.domain is not None, "the model sets the domain before it runs the backbone"
+            y = self._adapt(self.route.domain, inner, x)
         return y if self.shared is None else self.shared(y)
 
-    def _adapt(self, inner: Inner, x: Tensor) -> Tensor:
-        assert self.route.domain is not None, "the model sets the domain before it runs the backbone"
-        y: Tensor = self.adapters[self.route.domain](inner, x)
+    def _adapt(self, domain: str, inner: Inner, x: Tensor) -> Tensor:
+        y: Tensor = self.adapters[domain](inner, x)
         return y
 
-    def domain_modules(self) -> Mapping[str, nn.Module]:
-        return dict(self.adapters.items())
+    @property
+    def domain_modules(self) -> nn.ModuleDict:
+        return self.adapters
+
+    def fresh(self) -> nn.Module:
+        return self.build()
 
 
 def _with(inner: Inner, rest: tuple[Tensor | None, ...], x: Tensor) -> Tensor:
     return inner(x, *rest)
 
 
+class _Common:
+    """A site's own module under a batch of several domains, as each segment's adapter calls it.
+
+    It runs once on the whole batch, when the first adapter asks for the output of its unchanged rows. An adapter
+    that changes them first, or adds arguments, has it run on its rows alone.
+    """
+
+    def __init__(self, inner: Inner, x: Tensor, route: Route) -> None:
+        self._inner, self._x, self._route = inner, x, route
+        self._outputs: list[tuple[str, Tensor]] | None = None
+
+    def __call__(self, segment: int, rows: Tensor, x: Tensor, *rest: Tensor | None) -> Tensor:
+        """The output for x, which a segment's adapter gives. rows: the segment's rows of the site's input."""
+        if x is not rows or rest:
+            with self._route.only(self._route.segments[segment][0]):
+                return self._inner(x, *rest)
+        if self._outputs is None:
+            self._outputs = self._route.rows(self._inner(self._x))
+        return self._outputs[segment][1]
+
+
 class AdaptedTokens(AdaptedSite):
     """AdaptedSite for TokenAdapters."""
 
-    def _adapt(self, inner: Inner, x: Tensor) -> Tensor:
-        route = self.route
-        assert route.domain is not None, "the model sets the domain before it runs the backbone"
-        assert route.tokens is not None, "the backbone sets the grid before it runs its blocks"
-        grid = route.tokens
+    def _adapt(self, domain: str, inner: Inner, x: Tensor) -> Tensor:
+        grid = self.route.tokens
+        assert grid is not None, "the backbone sets the grid before it runs its blocks"
         if grid.layout == "grid":  # a pyramid's grid changes from stage to stage; its tensors say it
             grid = TokenGrid.of(x.shape[1:4], "grid")
-        y: Tensor = self.adapters[route.domain](inner, x, grid)
+        y: Tensor = self.adapters[domain](inner, x, grid)
         return y
 
 
@@ -166,9 +197,9 @@ def attach(
             raise MdlError(
                 f"site '{site.name}' has such an adapter already", "adapters", "name each site once per type"
             )
-        adapters = {domain: method(site, options) for domain in domains}
         kind = AdaptedTokens if issubclass(method, TokenAdapter) else AdaptedSite
-        wrapper = kind(inner, site, adapters, route)
+        wrapper = kind(inner, site, partial(method, site, options), route)
+        wrapper.adapters.update({domain: wrapper.build() for domain in domains})
         wrapper.shared = method.shared(site, options)
         replace(net, site.path, wrapper)
         wrapped[site.name] = wrapper

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,7 @@ class DomainBatchNorm(DomainWrapper):
 
     def __init__(self, inner: BatchNorm, domains: Iterable[str], affine: bool, route: Route) -> None:
         super().__init__(inner, route)
+        self.affine = affine
         self.use_shared = False
         self.recalibrating = False
         self.reduce: Reduce | None = None  # set by sync_norm.synchronise
@@ -55,8 +56,13 @@ class DomainBatchNorm(DomainWrapper):
     def forward(self, x: Tensor) -> Tensor:
         if self.use_shared:
             return self.inner(x)
+        if self.route.segments:
+            return torch.cat([self._normalised(rows, domain) for domain, rows in self.route.rows(x)])
         assert self.route.domain is not None
-        own = self.statistics[self.route.domain]
+        return self._normalised(x, self.route.domain)
+
+    def _normalised(self, x: Tensor, domain: str) -> Tensor:
+        own = self.statistics[domain]
         assert isinstance(own, DomainStatistics)
         momentum = self.inner.momentum if self.inner.momentum is not None else 0.1
         if self.training:
@@ -76,8 +82,12 @@ class DomainBatchNorm(DomainWrapper):
             assert isinstance(statistics, DomainStatistics)
             statistics.reset()
 
-    def domain_modules(self) -> Mapping[str, nn.Module]:
-        return dict(self.statistics.items())
+    @property
+    def domain_modules(self) -> nn.ModuleDict:
+        return self.statistics
+
+    def fresh(self) -> nn.Module:
+        return DomainStatistics(self.inner, self.affine)
 
 
 def attach_domain_norms(
