@@ -10,9 +10,18 @@ if TYPE_CHECKING:
     import torch
 
 
+IMAGE_SUFFIXES = frozenset(
+    (".bmp", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
+)
+
 Label = int | tuple[int, ...] | tuple[float, ...]
 """By task: single_label: the class's number, from 0. multi_label: the numbers of the clip's classes, increasing.
 regression: each target's value. In JSON the last two are lists."""
+
+
+def is_image(name: Path | str) -> bool:
+    """Whether a file is an image, by its extension."""
+    return Path(name).suffix.lower() in IMAGE_SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -20,8 +29,9 @@ class Clip:
     """One annotated segment of one video, as an annotation format lists it.
 
     key: unique within a domain's split; a relative path without extension and without dots.
-    video: the source file. label: as the domain's task has it, see Label.
+    video: the source file, a video or an image. label: as the domain's task has it, see Label.
     start_s, end_s: the segment in seconds of presentation time from the first frame; None: the whole file.
+    item: of a file of image arrays, the array's name and the image's row in it.
     """
 
     key: str
@@ -29,10 +39,15 @@ class Clip:
     label: Label
     start_s: float | None = None
     end_s: float | None = None
+    item: tuple[str, int] | None = None
 
     @property
     def is_segment(self) -> bool:
         return self.start_s is not None or self.end_s is not None
+
+    @property
+    def is_image(self) -> bool:
+        return self.item is not None or is_image(self.video)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""mdltool shard: videos and annotations to tar shards."""
+"""mdltool shard: videos, images and annotations to tar shards."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ _CHECKS = ("probe", "decode")
 _EXAMPLES = (
     "Examples:  mdltool shard ~/videos/train --format folder --domain kitchen --split train   |   "
     "mdltool shard ~/UCF-101 --format ucf101 --annotations ~/ucfTrainTestlist --domain ucf101 --split train   |   "
+    "mdltool shard ~/decathlon --format coco --annotations dtd_train.json --domain dtd --split train   |   "
     "mdltool shard --merge artifacts/shards/k400-train-part*"
 )
 
@@ -41,12 +42,14 @@ def register(app: typer.Typer) -> None:
 
 
 Source = Annotated[
-    list[Path] | None, typer.Argument(help="Folder of the videos; with --merge: the parts (or piped).")
+    list[Path] | None, typer.Argument(help="Folder of the videos or images; with --merge: the parts (or piped).")
 ]
 Format = Annotated[
     str,
     typer.Option(
-        "--format", help="folder, csv, multilabel, regression, ucf101, hmdb51, kinetics, ssv2, mit or activitynet."
+        "--format",
+        help="folder, csv, multilabel, regression, coco, coco_multilabel, arrays, ucf101, hmdb51, kinetics, ssv2, "
+        "mit or activitynet.",
     ),
 ]
 Domain = Annotated[str, typer.Option("--domain", help="The domain's name.")]
@@ -96,7 +99,7 @@ def shard(
     out: options.Out = None,
     as_json: options.Json = False,
 ) -> None:
-    """Turn videos and annotations into tar shards.
+    """Turn videos or images and annotations into tar shards.
 
     Clips that cannot be used are quarantined with the reason. Run it again to continue an interrupted run.
     """

@@ -1,4 +1,4 @@
-"""Video files to frames: one function, two decoders that give the same pixels (design, section 7).
+"""Video and image files to frames: one function, two video decoders with the same pixels (design, section 7).
 
 The timeline comes from the container's packets, without decoding; then only the frames from the keyframe before the
 first chosen one to the last chosen one are decoded, and only the chosen ones become RGB.
@@ -17,8 +17,10 @@ import numpy as np
 
 from mdltool.data import decode_torchcodec
 from mdltool.data.decode_pyav import PyavReader, quarter_turns
+from mdltool.data.image import read_image
 from mdltool.data.video import DecodeStats, FrameReader, FramesMissing, Timeline, VideoError, clip_timeline
 from mdltool.errors import MdlError
+from mdltool.types import is_image
 
 if TYPE_CHECKING:  # the processes that only check videos start without it
     import torch
@@ -42,7 +44,7 @@ class Decoded:
     """The frames that were chosen, each once.
 
     frames: uint8 [U, 3, H, W], RGB, 0..255, upright, channels last in memory. indices: int64 [U], ascending: the
-    frames' numbers in the clip. backend: the decoder that gave them (pyav, torchcodec).
+    frames' numbers in the clip. backend: the decoder that gave them (pyav, torchcodec; pillow for images).
     """
 
     frames: torch.Tensor
@@ -80,6 +82,7 @@ def decode(
     choose: Choose,
     *,
     trim: tuple[float, float] | None = None,
+    image: bool | None = None,
     backend: str = "auto",
     threads: int = 1,
     stats: DecodeStats | None = None,
@@ -87,14 +90,17 @@ def decode(
     """Decode the frames that `choose` picks from the clip's timeline, opening and decoding the video once.
 
     choose: gets the clip's timeline and returns frame numbers, in any order, repeats allowed. trim: [start, stop)
-    in seconds from the video's first frame; the clip's time 0 is its first frame. backend: "pyav"; "torchcodec"
-    (8-bit, even-sized H.264, HEVC, VP9 and AV1 by torchcodec, the rest by PyAV, at the price of opening those
-    twice); "auto": what $MDLTOOL_DECODER says, else pyav.
+    in seconds from the video's first frame; the clip's time 0 is its first frame. image: whether this is an image,
+    a clip of one frame without duration; None: by the file's name, and bytes are a video. backend: "pyav";
+    "torchcodec" (8-bit, even-sized H.264, HEVC, VP9 and AV1 by torchcodec, the rest by PyAV, at the price of
+    opening those twice); "auto": what $MDLTOOL_DECODER says, else pyav. Images go through Pillow.
 
     A damaged video, whose chosen frames do not decode, is decoded again for the times of those that do, and
     `choose` is asked again. Raises VideoError, and MdlError for a backend that is not there.
     """
     stats = stats if stats is not None else DecodeStats()
+    if image or (image is None and isinstance(source, Path) and is_image(source)):
+        return _read_image(source, choose, stats)
     if _resolved(backend) == "torchcodec":
         try:
             return _read(decode_torchcodec.TorchcodecReader(source, threads, stats), choose, trim)
@@ -140,6 +146,18 @@ def _resolved(backend: str) -> str:
     if fault is not None:
         raise MdlError(f"{backend} cannot be used here: {fault}", "MDLTOOL_DECODER", "use pyav")
     return backend
+
+
+def _read_image(source: Path | bytes, choose: Choose, stats: DecodeStats) -> Decoded:
+    import torch
+
+    pixels = read_image(source)
+    stats.opened += 1
+    stats.decoded += 1
+    timeline = Timeline(np.zeros(1), 0.0)
+    indices = np.unique(np.asarray(choose(timeline), dtype=np.int64))
+    assert indices.tolist() == [0], "an image has one frame"
+    return Decoded(torch.from_numpy(pixels[None]).permute(0, 3, 1, 2), indices, timeline, "pillow")
 
 
 def _read(reader: FrameReader, choose: Choose, trim: tuple[float, float] | None) -> Decoded:

@@ -12,7 +12,7 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
-from mdltool.data.video import DecodeStats, FramesMissing, VideoError
+from mdltool.data.video import DecodeStats, FramesMissing, VideoError, head, wrong_content
 
 # Frames that no other frame needs are skipped unless wanted; only for codecs whose decoders leave the rest of the
 # stream bit-exact when told so.
@@ -244,29 +244,13 @@ def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
 
 
 def _why_not_opened(source: Path | bytes, error: Exception) -> str:
-    try:
-        content = head(source)
-    except OSError as fault:
-        return f"the file cannot be read ({fault.strerror})"
-    if not content:
-        return "the file is empty"
-    start = content.lstrip()[:64].lower()
-    if start.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer, not the video itself"
-    if start.startswith((b"<!doctype html", b"<html")):
-        return "an HTML page, not a video"
-    if content[4:8] == b"ftyp" and not _contains(source, b"moov"):
+    known = wrong_content(source, "a video")
+    if known is not None:
+        return known
+    if head(source)[4:8] == b"ftyp" and not _contains(source, b"moov"):
         return "cut off: the MP4's index (moov) is missing"
     detail = getattr(error, "strerror", None) or str(error)
     return f"FFmpeg cannot open the file ({detail})"
-
-
-def head(source: Path | bytes) -> bytes:
-    """The first 4096 bytes. Raises OSError."""
-    if isinstance(source, bytes):
-        return source[:4096]
-    with open(source, "rb") as file:
-        return file.read(4096)
 
 
 def _contains(source: Path | bytes, tag: bytes) -> bool:

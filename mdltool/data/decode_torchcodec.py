@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mdltool.data.decode_pyav import head
-from mdltool.data.video import DecodeStats, FramesMissing, VideoError
+from mdltool.data.video import DecodeStats, FramesMissing, VideoError, head
 
 _CODECS = {"h264", "hevc", "vp9", "av1"}
 _8_BIT = {f"yuv{j}{sampling}p" for j in ("", "j") for sampling in ("420", "422", "444")}

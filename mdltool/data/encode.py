@@ -1,5 +1,7 @@
 """One clip's bytes for a shard: the file as it is, a segment cut from it, or its frames encoded anew.
 
+Images stay images: encoded anew they are JPEG files, and those from arrays are PNG files where bytes are kept.
+
 Encoders run one thread and write no dates or versions: their bytes depend on the frames only (design, section 7).
 """
 
@@ -20,6 +22,8 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 
 from mdltool.data.decode import check_video
 from mdltool.data.decode_pyav import quarter_turns
+from mdltool.data.image import read_image, shrunk, write_image
+from mdltool.data.image_arrays import read_row
 from mdltool.data.remux import cut_segment, demux, find_span, open_video, segment_packets
 from mdltool.data.video import VideoError
 from mdltool.types import Clip
@@ -80,6 +84,8 @@ class Job:
 def prepare(job: Job) -> Prepared:
     """Check a clip and make the file to store. Raises VideoError with the reason when it cannot be used."""
     clip, encoding = job.clip, job.encoding
+    if clip.is_image:
+        return _prepare_image(job)
     if encoding.mode != "copy":
         if not clip.is_segment:
             check_video(clip.video, full=job.full)
@@ -90,6 +96,27 @@ def prepare(job: Job) -> Prepared:
         return Prepared(clip.video, False, meta or _meta(clip.video, job.full))
     cut = cut_segment(clip.video, clip.start_s, clip.end_s, job.scratch)
     return Prepared(cut.path, True, _meta(cut.path, job.full, cut.trim))
+
+
+def _prepare_image(job: Job) -> Prepared:
+    """An image decodes whole or not at all, so that it is checked whole whatever `full` says."""
+    clip, encoding = job.clip, job.encoding
+    if clip.is_segment:
+        raise VideoError("an image has no times: it cannot be cut by a start and an end")
+    if encoding.mode not in ("copy", "jpeg"):
+        raise VideoError(f"an image cannot be stored as {encoding.mode}")
+    pixels = read_image(clip.video) if clip.item is None else read_row(clip.video, *clip.item)
+    path, small = clip.video, min(pixels.shape[:2]) <= encoding.short_side
+    # Another round of JPEG would only cost quality.
+    kept = encoding.mode == "copy" or (small and clip.video.suffix.lower() in (".jpg", ".jpeg"))
+    if clip.item is not None or not kept:
+        jpeg = encoding.mode == "jpeg"
+        pixels = shrunk(pixels, encoding.short_side) if jpeg else pixels
+        path = job.scratch.with_name(job.scratch.name + (".jpg" if jpeg else ".png"))
+        write_image(pixels, path)
+    height, width = pixels.shape[:2]
+    meta = {"image": True, "width": width, "height": height, "frames": 1, "duration_s": 0.0}
+    return Prepared(path, path != clip.video, meta)
 
 
 def _meta(path: Path, full: bool, trim: tuple[float, float] | None = None) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from mdltool import console
 from mdltool.data.decode import Decoded, decode
+from mdltool.data.image import image_of
 from mdltool.data.index import ShardIndex
 from mdltool.data.order import AUGMENT, ORDER, START, Order, Share, Slot, rng_for, rows_of
 from mdltool.data.sampling import Sampling, clip_indices, random_start
@@ -206,7 +207,7 @@ class _StreamReader:
             picked = clip_indices(timeline, start_s, self.sampling, rng)
             return picked.tolist()
 
-        decoded = decode(video, choose, trim=trim_of(metadata))
+        decoded = decode(video, choose, trim=trim_of(metadata), image=image_of(metadata))
         return picked, decoded
 
 
@@ -255,7 +256,8 @@ class _ClipViewsOf(Dataset[ClipViews]):
         key = self.index.keys[clip]
         metadata, video = self.index.clip(clip)
         try:
-            return ClipViews(key, load_views(video, self.spec, trim=trim_of(metadata), key=key), None)
+            trim, image = trim_of(metadata), image_of(metadata)
+            return ClipViews(key, load_views(video, self.spec, trim=trim, image=image, key=key), None)
         except VideoError as error:
             return ClipViews(key, None, error.reason)
 

@@ -70,7 +70,10 @@ def clip_indices(
 
     `count`: floor(k (n - 1) / (num_frames - 1)) over the interval's n frames, k = 0 .. num_frames - 1. `time`: the
     frames nearest to start_s + k clip_seconds / (num_frames - 1). An interval without frames takes the nearest one.
+    Of a single frame, an image's above all, which has no duration, every rule takes that frame.
     """
+    if len(timeline) == 1:
+        return np.zeros(sampling.num_frames, np.int64)
     if sampling.index == "segments":
         return _by_segment(len(timeline), sampling.num_frames, rng)
     if sampling.stride_frames is not None:

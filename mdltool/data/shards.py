@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mdltool.data.encode import Prepared
-from mdltool.data.formats.common import relative_name
+from mdltool.data.formats.common import clip_name
 from mdltool.data.tar import ReadFault, TarWriter
 from mdltool.data.workers import Failed
 from mdltool.files import write_text
@@ -132,7 +132,7 @@ class Naming:
         return Unusable(clip.key, self.video(clip), clip.label, reason)
 
     def video(self, clip: Clip) -> str:
-        return relative_name(clip.video, self.source)
+        return clip_name(clip, self.source)
 
 
 def plan(clips: Sequence[Clip], shard_bytes: int) -> list[PlannedShard]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -86,3 +87,27 @@ def clip_timeline(times_s: np.ndarray, step_s: float, trim: tuple[float, float] 
     kept = relative[first:stop] - relative[first]
     step = float(np.median(np.diff(relative))) if len(relative) > 1 else step_s
     return int(first), Timeline(kept, float(kept[-1]) + step)
+
+
+def head(source: Path | bytes) -> bytes:
+    """The first 4096 bytes. Raises OSError."""
+    if isinstance(source, bytes):
+        return source[:4096]
+    with open(source, "rb") as file:
+        return file.read(4096)
+
+
+def wrong_content(source: Path | bytes, wanted: str) -> str | None:
+    """Why a file is nothing of the kind, where its first bytes tell. wanted: "a video", "an image"."""
+    try:
+        content = head(source)
+    except OSError as fault:
+        return f"the file cannot be read ({fault.strerror})"
+    if not content:
+        return "the file is empty"
+    start = content.lstrip()[:64].lower()
+    if start.startswith(b"version https://git-lfs"):
+        return f"a Git LFS pointer, not {wanted}"
+    if start.startswith((b"<!doctype html", b"<html")):
+        return f"an HTML page, not {wanted}"
+    return None

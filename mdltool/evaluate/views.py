@@ -68,13 +68,14 @@ def load_views(
     spec: ViewSpec,
     *,
     trim: tuple[float, float] | None = None,
+    image: bool | None = None,
     key: str = "",
     threads: int = 1,
     stats: DecodeStats | None = None,
 ) -> Views:
     """Every view of a video, opened and decoded once. Raises VideoError for a video that cannot be used.
 
-    trim: as in decode.decode. key: the clip's key, which with the seed decides random starts.
+    trim, image: as in decode.decode. key: the clip's key, which with the seed decides random starts.
     """
     from mdltool.data.decode import decode
     from mdltool.data.transforms import crop_corners, scaled
@@ -87,7 +88,7 @@ def load_views(
         picked[:] = [clip_indices(timeline, start, spec.sampling) for start in starts]
         return np.concatenate(picked).tolist()
 
-    decoded = decode(video, choose, trim=trim, threads=threads, stats=stats)
+    decoded = decode(video, choose, trim=trim, image=image, threads=threads, stats=stats)
     height, width = decoded.frames.shape[-2:]
     size = scaled(height, width, spec.short_side)
     corners = crop_corners(*size, spec.crop, spec.spatial, spec.axis, spec.rounding)

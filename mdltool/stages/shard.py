@@ -20,7 +20,7 @@ from mdltool import console
 from mdltool.artifact import Artifact, Draft, begin
 from mdltool.data.dataset import Dataset
 from mdltool.data.encode import Encoding, Job, Prepared, prepare
-from mdltool.data.formats.common import relative_name
+from mdltool.data.formats.common import clip_name
 from mdltool.data.shards import (
     SHARD_PREFIX,
     Naming,
@@ -80,7 +80,7 @@ def default_name(dataset: Dataset, part: tuple[int, int] | None) -> str:
 
 def outlook(dataset: Dataset, writing: Writing) -> dict[str, Any]:
     """What `run` would write: counts, notes, and each shard's clips and bytes of source files."""
-    listing = dataset.read(writing.exclude)
+    listing = _listed(dataset, writing)
     shards = _share(plan(listing.clips, writing.shard_bytes), writing.part)
     return {
         "domain": dataset.domain,
@@ -105,7 +105,7 @@ def run(dataset: Dataset, out: Path, writing: Writing = Writing(), effort: Effor
     is finished is kept then.
     """
     with Pool(prepare, effort.workers, attrgetter("limit_s")) as pool:
-        listing = dataset.read(writing.exclude)
+        listing = _listed(dataset, writing)
         console.say(f"{dataset.format}: {'; '.join(listing.notes)}")
         planned = plan(listing.clips, writing.shard_bytes)
         request = _request(dataset, listing, writing)
@@ -128,10 +128,20 @@ def run(dataset: Dataset, out: Path, writing: Writing = Writing(), effort: Effor
             raise
 
 
+def _listed(dataset: Dataset, writing: Writing) -> Listing:
+    """The clips. Raises MdlError where they cannot all be stored as the encoding says."""
+    listing = dataset.read(writing.exclude)
+    images = sum(clip.is_image for clip in listing.clips)
+    if images and writing.encoding.mode == "h264":
+        raise MdlError(
+            f"{images} of the clips are images, which are not stored as h264", "--encode", "copy or jpeg"
+        )
+    return listing
+
+
 def _request(dataset: Dataset, listing: Listing, writing: Writing) -> dict[str, Any]:
     clips = [
-        [clip.key, clip.label, relative_name(clip.video, dataset.source), clip.start_s, clip.end_s]
-        for clip in listing.clips
+        [clip.key, clip.label, clip_name(clip, dataset.source), clip.start_s, clip.end_s] for clip in listing.clips
     ]
     request = {
         "domain": dataset.domain,

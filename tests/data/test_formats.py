@@ -156,8 +156,8 @@ class TestCsv:
                 r"no row is of the split 'train' \(the file has: val\)",
                 "list.csv",
             ),
-            ("path,label\n.,x\n", "none of the 1 listed videos", "list.csv"),
-            ("path,label\nz.mp4,x\n", "none of the 1 listed videos is there, the first: no file z.mp4", "list.csv"),
+            ("path,label\n.,x\n", "none of the 1 listed files", "list.csv"),
+            ("path,label\nz.mp4,x\n", "none of the 1 listed files is there, the first: no file z.mp4", "list.csv"),
         ],
     )
     def test_faults_name_the_row(self, tmp_path: Path, text: str, what: str, where: str) -> None:
@@ -324,7 +324,7 @@ class TestKinetics:
         with pytest.raises(MdlError, match="no column 'label'") as fault:
             read("kinetics", tmp_path, folder / "kinetics-400_test.csv", "test")
         assert "carry no labels" in str(fault.value.fix)
-        with pytest.raises(MdlError, match="none of the 400 listed videos is there"):
+        with pytest.raises(MdlError, match="none of the 400 listed files is there"):
             read("kinetics", tmp_path, folder / "tiny_val.csv", "val")
         with pytest.raises(MdlError, match="CSV file is not given"):
             read("kinetics", tmp_path)

@@ -105,7 +105,7 @@ class TestMultiLabel:
             ("path,x,\na.mp4,1,0\n", None, "a column has no name", "list.csv"),
             ("path,x,y\na.mp4,1,0\n", ("z",), "the CSV file has no column 'z'", "list.csv"),
             ("file,labels\na.mp4,x\n", None, "no column 'path'", "list.csv"),
-            ("path,labels\nz.mp4,x\n", None, "none of the 1 listed videos is there", "list.csv"),
+            ("path,labels\nz.mp4,x\n", None, "none of the 1 listed files is there", "list.csv"),
             ("path,labels\na.mp4,x\na.mp4,y\n", None, "two clips have the key 'a'", "list.csv"),
         ],
     )
@@ -140,7 +140,7 @@ class TestRegression:
     def test_missing_files_are_listed(self, tmp_path: Path) -> None:
         listing = read(tmp_path, "regression", "path,x\na.mp4,1\nz.mp4,2\n")
         assert listing.missing == (("z", "no file z.mp4"),)
-        with pytest.raises(MdlError, match="none of the 1 listed videos is there"):
+        with pytest.raises(MdlError, match="none of the 1 listed files is there"):
             read(tmp_path, "regression", "path,x\nz.mp4,2\n")
 
     @pytest.mark.parametrize("text", ["nan", "inf", "1e39", "-1e39", "high", "1,5"])

@@ -127,7 +127,7 @@ class TestSsv2:
             ('[{"template": "Opening [something]"}]', "there is no 'id'", "record 0"),
             ('[{"id": "7", "template": ""}]', "'template' is ''", "record 0"),
             ('[{"id": "7", "template": "Openin [something]"}]', "'Openin something' is not in", "record 0"),
-            ('[{"id": "6", "template": "Opening [something]"}]', "none of the 1 listed videos", "train.json"),
+            ('[{"id": "6", "template": "Opening [something]"}]', "none of the 1 listed files", "train.json"),
         ],
     )
     def test_faults(self, tmp_path: Path, content: str, what: str, where: str) -> None:
@@ -171,7 +171,7 @@ class TestMit:
         assert found == {"yt-5of6ffo6-Bw_205": "clapping", "a_b_1": "playing+fun"}
         assert listing.classes == ("playing+fun", "clapping")
         assert {"list: trainingSet.csv, 2 clips", "labels: 0-based, moments_categories.txt"} <= set(listing.notes)
-        with pytest.raises(MdlError, match=r"none of the 1 listed videos is there.*c\.mp4"):
+        with pytest.raises(MdlError, match=r"none of the 1 listed files is there.*c\.mp4"):
             read("mit", source, split="val")
 
     def test_the_published_classes(self, tmp_path: Path, test_data: Path) -> None:

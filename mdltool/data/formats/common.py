@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from mdltool.errors import MdlError
@@ -40,9 +40,10 @@ VIDEO_SUFFIXES = frozenset(
         ".y4m",
     )
 )
+SPLITS = (("train", "training"), ("val", "valid", "validate", "validation"), ("test", "testing"))
 _ROLES = {
-    "train": ("train", "training"),
-    "eval": ("val", "valid", "validate", "validation", "test", "testing"),
+    "train": SPLITS[0],
+    "eval": (*SPLITS[1], *SPLITS[2]),
 }
 
 
@@ -67,8 +68,19 @@ def _ms(seconds: float | None) -> str:
 
 def relative_name(video: Path, source: Path) -> str:
     """A video's path as keys and metadata name it: relative to the source where it lies inside."""
+    if video == source:  # a file of image arrays
+        return video.name
     path = video.relative_to(source) if video.is_relative_to(source) else video
     return path.as_posix().lstrip("/")
+
+
+def clip_name(clip: Clip, source: Path) -> str:
+    """What the metadata call a clip's file; of an image in arrays also which image it is."""
+    name = relative_name(clip.video, source)
+    if clip.item is None:
+        return name
+    array, row = clip.item
+    return "/".join(part for part in (name, array, f"{row:06d}") if part)
 
 
 def source_folder(source: Path) -> Path:
@@ -82,8 +94,8 @@ def source_folder(source: Path) -> Path:
     return source
 
 
-def walk_videos(folder: Path) -> Iterator[Path]:
-    """Every video below a folder by its suffix, in order of name; hidden files and folders are left out.
+def walk_videos(folder: Path, suffixes: Container[str] = VIDEO_SUFFIXES) -> Iterator[Path]:
+    """Every file below a folder with one of the suffixes, in order of name; hidden files and folders are left out.
 
     Links to folders are followed, each folder once.
     """
@@ -92,7 +104,7 @@ def walk_videos(folder: Path) -> Iterator[Path]:
         real = os.path.realpath(root)
         folders[:] = [] if real in seen else sorted(f for f in folders if not f.startswith("."))
         for name in sorted(files) if real not in seen else ():
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES:
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes:
                 yield Path(root, name)
         seen.add(real)
 
@@ -162,6 +174,18 @@ def label_of(name: str, classes: Sequence[str] | dict[str, int], where: str) -> 
     return index[name]
 
 
+def number_base(seen: Collection[int], count: int, where: Path) -> int:
+    """The number of the first class, 0 or 1. Raises MdlError where the numbers fit neither or do not tell."""
+    span = f"the labels are numbers from {min(seen)} to {max(seen)}"
+    if min(seen) < 0 or max(seen) - min(seen) >= count or max(seen) > count:
+        raise MdlError(f"{span}, the class list has {count} names", where, "correct --classes")
+    if min(seen) > 0 and max(seen) < count:
+        raise MdlError(
+            f"{span}: with {count} classes they may count from 0 or from 1", where, "write the classes' names"
+        )
+    return 0 if min(seen) == 0 else 1
+
+
 def official_part(split: str, where: object) -> str:
     """ "train" or "eval": the two lists that UCF101 and HMDB51 publish. Raises MdlError for other splits."""
     for part, names in _ROLES.items():
@@ -176,9 +200,19 @@ def official_part(split: str, where: object) -> str:
 
 def same_split(value: str, split: str) -> bool:
     """Whether a split column's value means the split asked for: train, val and test go by several names."""
-    families = (("train", "training"), ("val", "valid", "validate", "validation"), ("test", "testing"))
     value, split = value.strip().lower(), split.lower()
-    return value == split or any(value in family and split in family for family in families)
+    return value == split or any(value in family and split in family for family in SPLITS)
+
+
+def label_notes(clips: Iterable[Clip]) -> list[str]:
+    """What the clips of multi_label have for labels; nothing of other tasks."""
+    counts = [len(clip.label) for clip in clips if isinstance(clip.label, tuple)]
+    notes = []
+    if counts:
+        notes.append(f"labels a clip: {sum(counts) / len(counts):.2f} on average, {max(counts)} at most")
+    if 0 in counts:
+        notes.append(f"clips of no class: {counts.count(0)}")
+    return notes
 
 
 def finished(
@@ -202,10 +236,13 @@ def finished(
             )
     if not clips:
         first = f", the first: {missing[0][1]}" if missing else ""
-        raise MdlError(f"none of the {len(missing)} listed videos is there{first}", where, "check SOURCE")
+        raise MdlError(f"none of the {len(missing)} listed files is there{first}", where, "check SOURCE")
     labels = [clip.label if isinstance(clip.label, tuple) else (clip.label,) for clip in clips]
     seen = f"classes: {len(set().union(*labels))} seen of {len(classes)} listed"
     notes = [*notes, *([] if task == "regression" else [seen]), f"clips: {len(clips)}"]
+    images = sum(clip.is_image for clip in clips)
+    if images:
+        notes.append(f"images: {images} of them")
     if missing:
         notes.append(f"missing: {len(missing)} of {len(missing) + len(clips)} listed files, e.g. {missing[0][1]}")
     return Listing(tuple(classes), clips, tuple(missing), tuple(notes), task)

@@ -1,4 +1,4 @@
-"""Class folders: SOURCE/<class>/**/<video>, the folder is the label."""
+"""Class folders: SOURCE/<class>/**/<video or image>, the folder is the label."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mdltool.data.formats.common import (
+    VIDEO_SUFFIXES,
     finished,
     key_of,
     label_of,
@@ -14,7 +15,7 @@ from mdltool.data.formats.common import (
     walk_videos,
 )
 from mdltool.errors import MdlError
-from mdltool.types import Clip, Listing
+from mdltool.types import IMAGE_SUFFIXES, Clip, Listing, is_image
 
 
 def read(
@@ -24,7 +25,8 @@ def read(
     fold: int = 1,
     classes: Sequence[str] | None = None,
 ) -> Listing:
-    """List the videos of class folders; classes are the folders' names, sorted, unless `classes` fixes them.
+    """List the videos and images of class folders; classes are the folders' names, sorted, unless `classes` fixes
+    them. An image beside a video of the same name is its thumbnail and left out.
 
     Raises MdlError for a missing source, no class folder, an empty one, one that is not in `classes`, and for
     folders of splits where class folders should be.
@@ -34,21 +36,30 @@ def read(
         raise MdlError("class folders need no annotations", annotations, "leave --annotations out, or --format csv")
     folders = sorted(p for p in source.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not folders:
-        raise MdlError("there are no class folders here", source, "expected: SOURCE/<class>/<video>")
+        raise MdlError("there are no class folders here", source, "expected: SOURCE/<class>/<video or image>")
     inner = source / split
     if inner in folders and any(p.is_dir() for p in inner.iterdir()):
         raise MdlError(f"these are folders of splits, not of classes: '{split}'", source, f"give {inner} as SOURCE")
     names = tuple(classes) if classes else tuple(folder.name for folder in folders)
-    clips, empty = [], []
+    clips, empty, thumbnails = [], [], 0
     for folder in folders:
-        videos = list(walk_videos(folder))
-        if not videos:
+        files = list(walk_videos(folder, VIDEO_SUFFIXES | IMAGE_SUFFIXES))
+        if not files:
             empty.append(folder)
         label = label_of(folder.name, names, str(folder))
-        for video in videos:
+        videos = {file.with_suffix("") for file in files if not is_image(file)}
+        for video in files:
+            if is_image(video) and video.with_suffix("") in videos:
+                thumbnails += 1
+                continue
             clips.append(Clip(key_of(relative_name(video, source)), video, label))
     if empty:
         also = f", and {len(empty) - 1} more" if len(empty) > 1 else ""
-        raise MdlError(f"the class folder holds no video{also}", empty[0], "remove the folder, or fill it")
+        raise MdlError(
+            f"the class folder holds no video and no image{also}", empty[0], "remove the folder, or fill it"
+        )
     order = "from --classes" if classes else "the folders' names, sorted"
-    return finished(names, clips, (), [f"labels: {order}"], source)
+    notes = [f"labels: {order}"]
+    if thumbnails:
+        notes.append(f"images beside videos of their name, left out: {thumbnails}")
+    return finished(names, clips, (), notes, source)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mdltool.data.formats.common import finished, label_of, source_folder
+from mdltool.data.formats.common import finished, label_notes, label_of, number_base, source_folder
 from mdltool.data.formats.table import Row, clips_of, read_rows, rows_of_split, segment_notes, value_columns
 from mdltool.errors import MdlError
 from mdltool.types import Listing
@@ -39,12 +39,9 @@ def read(
     form = _listed if "labels" in rows[0].values else _wide
     names, label, notes = form(rows, classes, annotations)
     clips, missing = clips_of(rows_of_split(rows, split, annotations), source, label)
-    counts = [len(clip.label) for clip in clips if isinstance(clip.label, tuple)]
-    if counts:
-        notes.append(f"labels a clip: {sum(counts) / len(counts):.2f} on average, {max(counts)} at most")
-    if 0 in counts:
-        notes.append(f"clips of no class: {counts.count(0)}")
-    return finished(names, clips, missing, [*notes, *segment_notes(clips)], annotations, "multi_label")
+    return finished(
+        names, clips, missing, [*notes, *label_notes(clips), *segment_notes(clips)], annotations, "multi_label"
+    )
 
 
 def _listed(
@@ -59,7 +56,7 @@ def _listed(
         names = tuple(sorted(seen, key=int) if numbers else sorted(seen))
         order = "of this file, sorted (give --classes where other splits are in other files)"
     elif numbers and not seen <= set(classes):
-        base = _base({int(name) for name in seen}, len(classes), path)
+        base = number_base({int(name) for name in seen}, len(classes), path)
         return tuple(classes), _numbered(base), [f"labels: numbers from {base}, names from --classes"]
     else:
         names, order = tuple(classes), "from --classes"
@@ -77,18 +74,6 @@ def _names(row: Row) -> list[str]:
 
 def _numbered(base: int) -> Label:
     return lambda row: tuple(sorted({int(name) - base for name in _names(row)}))
-
-
-def _base(seen: set[int], count: int, path: Path) -> int:
-    """The number of the first class, 0 or 1. Raises MdlError where the numbers fit neither or do not tell."""
-    span = f"the labels are numbers from {min(seen)} to {max(seen)}"
-    if max(seen) - min(seen) >= count or max(seen) > count:
-        raise MdlError(f"{span}, the class list has {count} names", path, "correct --classes")
-    if min(seen) > 0 and max(seen) < count:
-        raise MdlError(
-            f"{span}: with {count} classes they may count from 0 or from 1", path, "write the classes' names"
-        )
-    return 0 if min(seen) == 0 else 1
 
 
 def _wide(
