@@ -133,7 +133,7 @@ def _part_faults(content: dict[str, Any]) -> list[str]:
     faults = []
     backbone = content.get("backbone")
     if isinstance(backbone, dict):
-        faults += _options_faults(BACKBONES, "name", ("weights",), backbone, "backbone")
+        faults += _options_faults(BACKBONES, "name", ("weights", "adapters"), backbone, "backbone")
     adapters = content.get("adapters")
     for i, entry in enumerate(adapters if isinstance(adapters, list) else []):
         if isinstance(entry, dict):

@@ -54,10 +54,13 @@ class Published(Part):
 
 
 class BackbonePart(OpenPart):
-    """weights: the pretraining that the row uses (a tag), or `scratch` for random weights."""
+    """weights: the pretraining that the row uses (a tag), or `scratch` for random weights. adapters: whether the
+    domains' adapters begin as those that the backbone was pretrained with, where there are any.
+    """
 
     name: str
     weights: str = "scratch"
+    adapters: Literal["copy", "ignore"] = "copy"
 
 
 class DomainPart(Part):

@@ -16,7 +16,7 @@ TIERS = (
     ("registry", "types", "files", "remote", "environment", "artifact", "lineage", "console"),
     ("wrapping", "convolution", "sync_norm", "recompute"),
     ("tasks", "adapters", "backbones", "losses", "heads"),
-    ("model_spec", "model", "model_store", "train", "evaluate", "compress", "data", "report"),
+    ("model_spec", "model", "model_store", "source_adapters", "train", "evaluate", "compress", "data", "report"),
     ("schema", "overrides", "published", "recipe"),
     ("stages",),
     ("cli",),

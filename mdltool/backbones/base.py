@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mdltool.errors import MdlError
 from mdltool.types import ModuleShape, Place, Site
-from mdltool.wrapping import Route, TokenGrid, Wrapper, find, replace
+from mdltool.wrapping import Route, TokenGrid, Wrapper, find, library_tensors, replace
 
 
 class BackboneOptions(BaseModel):
@@ -111,8 +111,8 @@ class Backbone(nn.Module, ABC):
         self.net.set_submodule(key, nn.Identity())
 
     def library_state(self) -> dict[str, Tensor]:
-        """The bare network's state under the library's own keys, classifier included."""
-        return dict(self.net.state_dict()) | self.classifier
+        """The network's own state under the library's keys, whatever wraps its modules; classifier included."""
+        return {key: value.detach() for key, value in library_tensors(self.net)} | self.classifier
 
     def load_library_state(self, state: dict[str, Tensor], where: object) -> None:
         """Load an official checkpoint's tensors into the bare network.

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mdltool.cli import options
 from mdltool.cli.train import Resume
 from mdltool.errors import MdlError
+
+if TYPE_CHECKING:
+    from mdltool.schema import Recipe
 
 
 def register(app: typer.Typer) -> None:
@@ -205,10 +208,15 @@ def _options(overrides: list[str] | None) -> dict[str, Any]:
 
 
 def pretrain(
-    recipe: Annotated[
-        str, typer.Option("--recipe", help="A recipe with one domain and no adapters.")
-    ] = "tiny_pretrain",
+    recipe: Annotated[str, typer.Option("--recipe", help="A recipe with one domain.")] = "tiny_pretrain",
     data: options.Data = None,
+    adapters: Annotated[
+        str | None,
+        typer.Option("--adapters", help="none, or series: trained with it and kept (default: the recipe's)."),
+    ] = None,
+    classes: Annotated[
+        int | None, typer.Option("--classes", help="So many of the data's classes, drawn by the seed.", metavar="N")
+    ] = None,
     overrides: options.Set = None,
     resume: Resume = False,
     workers: options.Workers = None,
@@ -218,14 +226,15 @@ def pretrain(
 ) -> None:
     """Train a classifier on one domain's shards and keep its backbone.
 
-    The recipe's one domain stands for whichever domain the shards are of.
+    The recipe's one domain stands for whichever domain the shards are of. Series residual adapters are a part of
+    the network that is pretrained: train copies them into every domain.
     """
     from mdltool import console
     from mdltool.artifact import work_dir
     from mdltool.cli.inputs import default_workers, piped_shards, shards_for
-    from mdltool.recipe import load, rename_domain
+    from mdltool.recipe import rename_domain
 
-    loaded = load(recipe, overrides or ())
+    loaded = _with_adapters(recipe, overrides or [], adapters)
     place = work_dir(work)
     entries = list(data or ()) or piped_shards()
     if not entries:
@@ -236,6 +245,21 @@ def pretrain(
 
     from mdltool.stages import backbone as stage
 
-    target = out or place / "backbone" / f"{loaded.backbone.name}-{domain}"
+    suffix = ("-series" if loaded.adapters else "") + (f"-{classes}classes" if classes is not None else "")
+    target = out or place / "backbone" / f"{loaded.backbone.name}-{domain}{suffix}"
     count = default_workers() if workers is None else workers
-    console.emit(stage.pretrain(loaded, shards, target, resume=resume, workers=count), as_json)
+    artifact = stage.pretrain(loaded, shards, target, classes=classes, resume=resume, workers=count)
+    console.emit(artifact, as_json)
+
+
+def _with_adapters(name: str, overrides: list[str], adapters: str | None) -> Recipe:
+    """The recipe with series adapters, its own where it has them, or with none; None: as it is."""
+    from mdltool.recipe import load
+
+    if adapters not in (None, "none", "series"):
+        raise MdlError(f"'{adapters}' is not known", "--adapters", "none or series")
+    loaded = load(name, overrides)
+    if adapters is None or (adapters == "series" and loaded.adapters):
+        return loaded
+    entries = "[]" if adapters == "none" else "[{type: series}]"
+    return load(name, [*overrides, f"adapters={entries}"])

@@ -5,6 +5,7 @@ No torch here: planning and inspection read indices too. Nothing is unpickled an
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import tarfile
@@ -67,6 +68,23 @@ class ShardIndex:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def take(self, rows: np.ndarray) -> ShardIndex:
+        """Some of the clips only. rows: int64, their positions, in the order that the clips are to have."""
+        found = copy.copy(self)
+        found.keys = [self.keys[row] for row in rows]
+        for name in ("labels", "shard_of", "offsets", "sizes"):
+            setattr(found, name, getattr(self, name)[rows])
+        return found
+
+    def of_classes(self, numbers: np.ndarray) -> ShardIndex:
+        """The clips of some classes of single_label, which are numbered anew. numbers: int64, the classes' own."""
+        found = self.take(np.flatnonzero(np.isin(self.labels, numbers)))
+        found.classes = tuple(self.classes[number] for number in numbers)
+        renumbered = np.full(len(self.classes), -1, dtype=np.int64)
+        renumbered[numbers] = np.arange(len(numbers))
+        found.labels = renumbered[found.labels]
+        return found
 
     def read(self, i: int) -> dict[str, bytes]:
         """A clip's members: extension -> bytes. Raises MdlError when they are not what the index says."""

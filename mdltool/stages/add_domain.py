@@ -19,6 +19,7 @@ from mdltool.overrides import apply_override
 from mdltool.recipe import validate
 from mdltool.registry import did_you_mean
 from mdltool.schema import Recipe
+from mdltool.source_adapters import begin_as_source
 from mdltool.stages.fitting import fit, gather_data
 from mdltool.train.checkpoint import save_tensors
 from mdltool.train.distributed import join_world
@@ -55,7 +56,8 @@ def run(
     given = (("model", source), ("train", data[domain].train), ("val", data[domain].val))
     inputs = [artifact.as_input(role) for role, artifact in given if artifact is not None]
     own = bool(content["own_backbone"])
-    inputs += [] if own else [find_backbone(source, work).as_input("backbone")]
+    backbone = None if own else find_backbone(source, work)
+    inputs += [backbone.as_input("backbone")] if backbone is not None else []
     request = {"recipe": recipe.model_dump(mode="json"), "start_from": start_from}
     world = join_world()
     how = "must" if resume else "ask"
@@ -70,6 +72,8 @@ def run(
         if draft is not None:
             draft.abandon(keep=draft.resumed)
         raise
+    if start_from is None:
+        begin_as_source(model, backbone, recipe.backbone.adapters, [domain])
     progress = fit(recipe, model, data, partial_path(out), own_backbone=own, workers=workers, only=domain)
     if draft is not None:
         save_tensors(draft.path / "weights" / "last.safetensors", stored_tensors(model.to("cpu"), own))

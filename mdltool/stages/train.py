@@ -20,6 +20,7 @@ from mdltool.model_store import (
     write_model_json,
 )
 from mdltool.schema import Recipe
+from mdltool.source_adapters import begin_as_source, check_source_adapters
 from mdltool.stages.fitting import DomainData, fit, gather_data
 from mdltool.stages.plan import check, model_spec
 from mdltool.train.checkpoint import save_tensors
@@ -43,6 +44,7 @@ def run(
     data = gather_data(recipe, shards)
     spec = model_spec(recipe, {name: len(d.train_index.classes) for name, d in data.items()})
     source = choose_backbone(backbone, work, spec, recipe.backbone.weights)
+    check_source_adapters(spec, source, recipe.backbone.adapters)
     inputs = [d.train.as_input("train") for d in data.values()]
     inputs += [d.val.as_input("val") for d in data.values() if d.val is not None]
     inputs += [source.as_input("backbone")] if source is not None else []
@@ -64,6 +66,7 @@ def run(
     if recipe.heads.reuse_pretrained and source is not None:
         pretrained = source.load_json("backbone.json").get("classes", [])
         reuse_classifier(model, {n: list(c) for n, c in classes.items()}, pretrained)
+    begin_as_source(model, source, recipe.backbone.adapters, spec.domains)
     regimes: set[str] = {step.regime for step in recipe.train.steps}
     # Random weights have no artifact to point at, so they are stored whatever the regime.
     own_backbone = source is None or changes_backbone(regimes, spec.bn)

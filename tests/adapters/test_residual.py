@@ -377,6 +377,14 @@ CLASSES = {"aircraft": 100, "cifar100": 100, "dped": 2, "dtd": 47, "gtsrb": 43}
 CLASSES |= {"flowers": 102, "omniglot": 1623, "svhn": 10, "ucf101": 101}
 
 
+def test_recipes_of_the_source() -> None:
+    bare, series = (describe.run(load(f"residual_pretrain{part}"))["parameters"] for part in ("", "_series"))
+    assert bare["total"] == bare["trainable"] == 6_071_688
+    assert (bare["backbone"], series["backbone"], bare["adapters"]) == (5_814_688, 5_814_688, 0)
+    assert series["adapters"] == 689_152 + 7_232
+    assert series["total"] == series["trainable"] == 6_071_688 + 689_152 + 7_232
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes(name: str) -> None:
     recipe = load(name)
