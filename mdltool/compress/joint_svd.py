@@ -10,7 +10,8 @@ Shapes: S shared side, P private side, T domains, N components, K of them kept, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -89,11 +90,26 @@ class Decomposition:
         return Factors(self.left[..., :rank] * in_shared[..., None, :], private)
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The last bits of LAPACK's results depend on the number of threads. They also wait for each other at every
+    column, which on a machine with other work takes many times as long as one thread.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@_one_thread()
 def decompose(
     matrices: Mapping[str, Tensor],
     *,
     balance: Balance = "none",
     second_moments: Mapping[str, Tensor] | None = None,
+    where: str | None = None,
 ) -> Decomposition:
     """One SVD of the domains' matrices side by side, [*batch, S, T P].
 
@@ -106,10 +122,11 @@ def decompose(
     A_t C_t^{1/2}. The private factor is undone by projecting A_t itself on the left vectors: the same as
     multiplying by C_t^{-1/2} where that exists, and elsewhere it keeps what the calibration did not see.
 
-    Raises MdlError for matrices of different shapes and for values that are not finite.
+    Raises MdlError, of the weight that `where` names, for matrices of different shapes and for values that are not
+    finite.
     """
     weights = {domain: matrix.detach().double() for domain, matrix in matrices.items()}
-    _check(weights)
+    _check(weights, where)
     whitened = weights if second_moments is None else _whiten(weights, second_moments)
     norms = {domain: float(matrix.square().sum()) for domain, matrix in whitened.items()}
     lengths = {domain: norm**0.5 if balance == "frobenius" and norm else 1.0 for domain, norm in norms.items()}
@@ -125,6 +142,7 @@ def decompose(
     return Decomposition(shape, left, sigma, blocks, held, norms)
 
 
+@_one_thread()
 def project(matrix: Tensor, shared: Tensor) -> tuple[Tensor, float]:
     """A new domain on a fixed shared factor, by least squares (spec 2.5).
 
@@ -138,6 +156,7 @@ def project(matrix: Tensor, shared: Tensor) -> tuple[Tensor, float]:
     return private, float((matrix - shared @ private).square().sum())
 
 
+@_one_thread()
 def grow(matrix: Tensor, shared: Tensor, k: int) -> Tensor:
     """Columns for the shared factor: the k leading left vectors of what it cannot hold of `matrix`, orthonormal and
     orthogonal to it, [*batch, S, k]; fewer where no more is missing.
@@ -169,7 +188,9 @@ def _whiten(weights: Mapping[str, Tensor], second_moments: Mapping[str, Tensor])
     whitened = {}
     for domain, matrix in weights.items():
         values, vectors = torch.linalg.eigh(second_moments[domain].to(matrix))
-        whitened[domain] = matrix @ (vectors * values.clamp_min(0).sqrt()[..., None, :] @ vectors.mT)
+        rounding = values.shape[-1] * torch.finfo(values.dtype).eps * values[..., -1:]
+        roots = torch.where(values > rounding, values, 0.0).sqrt()
+        whitened[domain] = matrix @ (vectors * roots[..., None, :] @ vectors.mT)
     return whitened
 
 
@@ -183,17 +204,17 @@ def _is_zero(matrix: Tensor) -> Tensor:
     return (matrix == 0).all(-1, keepdim=True).all(-2, keepdim=True)
 
 
-def _check(weights: Mapping[str, Tensor]) -> None:
+def _check(weights: Mapping[str, Tensor], where: str | None) -> None:
     first = next(iter(weights))
     for domain, matrix in weights.items():
         if matrix.shape != weights[first].shape:
             raise MdlError(
                 f"the adapter of '{domain}' has a matrix of {list(matrix.shape)}, that of '{first}' one of "
                 f"{list(weights[first].shape)}; they cannot share a factor",
-                None,
+                where,
                 "compress models whose domains have the same adapters with the same options",
             )
         if not matrix.isfinite().all():
             raise MdlError(
-                f"the adapter of '{domain}' has values that are not finite", None, f"train '{domain}' again"
+                f"the adapter of '{domain}' has values that are not finite", where, f"train '{domain}' again"
             )

@@ -11,7 +11,7 @@ import bisect
 import heapq
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -115,11 +115,11 @@ def by_budget(
 ) -> dict[str, Choice]:
     """The ranks that retain most within `budget` numbers.
 
-    Greedy: the step with the most retained per number, as long as one fits; a step is the next component, or
-    several at once where the dense form, which loses nothing, comes sooner than the rest of the components. What is
-    best for its size is found by it exactly; between two such sizes it may miss what a component's size holds,
-    and there the uniform rank of that size is taken if it is better. weighting: a weight's energy counts as a
-    fraction of its own (`relative`) or as it is. min_rank: of every weight, as far as it has as many components.
+    Greedy: as long as a step fits, the one that retains most per number; a step is the next component, or all that
+    is missing where the dense form is the cheaper way to it. At the sizes where a step ends no other choice retains
+    more. Between them the last numbers may go to a worse step, because the better one does not fit; the result is
+    no worse than the largest uniform rank that fits. weighting: a weight's energy counts as a fraction of its own
+    (`relative`) or as it is. min_rank: of every weight, as far as it has as many components.
     """
     if min_rank < 0:
         raise MdlError(f"{min_rank} is no rank", "--min-rank", "a whole number from 0")
@@ -167,6 +167,10 @@ class _Curve:
         values = torch.stack([held[-1] if rank is None else held[rank] for rank in ranks])
         return cls(torch.tensor([_size(weight, rank) for rank in ranks]), values, ranks)
 
+    def form(self, rank: int | None) -> int:
+        """The form of a rank, the first of a smaller one."""
+        return self.ranks.index(rank) if rank in self.ranks else 0
+
     def step(self, at: int, left: int) -> tuple[float, int] | None:
         """The step from form `at` that fits `left` numbers and retains most per number: that, and the form."""
         more = self.sizes[at + 1 :] - self.sizes[at]
@@ -200,25 +204,25 @@ def _fill(curves: Sequence[_Curve], start: Sequence[int], budget: int) -> list[i
 def _uniform(weights: Sequence[Weight], curves: Sequence[_Curve], budget: int) -> list[list[int]]:
     """The largest uniform rank that fits, of each kind that `by_rank` knows, as forms."""
     sides = {min(weight.shared_dim, weight.private_dim) for weight in weights}
+    tops = {weight.full for weight in weights}
     kinds: list[tuple[RankMode, Sequence[float]]] = [
-        ("per_domain", range(1, max((weight.full for weight in weights), default=0) + 1)),
+        ("per_domain", range(1, max(tops, default=0) + 1)),
         ("per_domain", _fractions(sides)),
-        ("stacked", _fractions({weight.full for weight in weights})),
+        ("stacked", _fractions(tops)),
     ]
+    pairs = list(zip(weights, curves, strict=True))
+
+    def forms(rank: float, mode: RankMode) -> list[int]:
+        return [curve.form(_choose(weight, _asked(weight, rank, mode)).rank) for weight, curve in pairs]
+
+    def size(candidate: tuple[float, RankMode]) -> int:
+        return sum(int(curve.sizes[form]) for curve, form in zip(curves, forms(*candidate), strict=True))
+
     found = []
     for mode, ranks in kinds:
-
-        def forms(rank: float, mode: RankMode = mode) -> list[int]:
-            asked = [_choose(weight, _asked(weight, rank, mode)).rank for weight in weights]
-            pairs = zip(curves, asked, strict=True)
-            return [curve.ranks.index(rank) if rank in curve.ranks else 0 for curve, rank in pairs]
-
-        def size(rank: float, forms: Callable[[float], list[int]] = forms) -> int:
-            return sum(int(curve.sizes[form]) for curve, form in zip(curves, forms(rank), strict=True))
-
-        fitting = bisect.bisect_right(ranks, budget, key=size)
-        if fitting:
-            found.append(forms(ranks[fitting - 1]))
+        candidates = [(rank, mode) for rank in ranks]
+        fitting = bisect.bisect_right(candidates, budget, key=size)
+        found += [forms(*candidate) for candidate in candidates[:fitting][-1:]]
     return found
 
 

@@ -221,14 +221,15 @@ def error_of_outputs(matrices: dict[str, Tensor], factors: Factors, roots: dict[
     return sum(float(((matrix - factors.product(d)) @ roots[d]).square().sum()) for d, matrix in matrices.items())
 
 
-def test_singular_second_moments_lose_no_output_that_occurs() -> None:
-    matrices, seen = domains("wide"), domains("wide", seed=2)
-    inputs = {d: x.mT[:, :2] for d, x in seen.items()}  # two inputs of nine dimensions
-    found = decompose(matrices, second_moments={d: x @ x.T for d, x in inputs.items()})
+@pytest.mark.parametrize("case", ["square", "wide", "tall", "heads"])
+def test_singular_second_moments_lose_no_output_that_occurs(case: str) -> None:
+    matrices = domains(case)
+    inputs = {d: x[..., :1, :].mT for d, x in domains(case, seed=2).items()}  # each domain saw one input
+    found = decompose(matrices, second_moments={d: x @ x.mT for d, x in inputs.items()})
+    assert found.max_rank == len(matrices)
     factors = found.truncate(found.max_rank)
     for domain, x in inputs.items():
-        assert factors.private[domain].isfinite().all()
-        torch.testing.assert_close(factors.product(domain) @ x, matrices[domain] @ x, rtol=0, atol=1e-6)
+        torch.testing.assert_close(factors.product(domain) @ x, matrices[domain] @ x, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("balance", ["none", "frobenius"])
@@ -350,10 +351,26 @@ def test_nothing_grows_where_nothing_is_missing() -> None:
     assert grow(torch.zeros(4, 9), found.truncate(2).shared, 3).shape == (4, 0)
 
 
+def test_the_number_of_threads_changes_no_bit() -> None:
+    generator = torch.Generator().manual_seed(0)
+    matrices = {d: torch.randn(150, 128, generator=generator) for d in "ab"}
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            result = decompose(matrices)
+            found.append((result.left, result.singular_values, *result.right.values()))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
 def test_refusals() -> None:
     with pytest.raises(MdlError, match=r"'b' has a matrix of \[3, 4\], that of 'a' one of \[3, 5\]"):
         decompose({"a": torch.ones(3, 5), "b": torch.ones(3, 4)})
     bad = torch.ones(3, 5)
     bad[1, 1] = torch.nan
-    with pytest.raises(MdlError, match="'b' has values that are not finite"):
-        decompose({"a": torch.ones(3, 5), "b": bad})
+    with pytest.raises(MdlError, match="'b' has values that are not finite") as caught:
+        decompose({"a": torch.ones(3, 5), "b": bad}, where="block1.mlp/down")
+    assert caught.value.where == "block1.mlp/down"
