@@ -187,6 +187,7 @@ class Train(Part):
     """bn: None takes the regime's default (frozen for a frozen backbone, else shared). sync_bn: statistics over all
     processes. batches: one domain each, or clips of all mixed. split: how processes share an update, rows of each
     batch or whole batches. accumulate: micro-batches of a batch. ema: decay of averaged weights, 0 for none.
+    decay_by_size: each domain's weight decay by its clips, where domains.D.weight_decay does not say it.
     log_clips: the keys of every update's clips go to clips-RANK.jsonl.
     """
 
@@ -203,6 +204,7 @@ class Train(Part):
     accumulate: Positive = 1
     sync_bn: bool = False
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    decay_by_size: bool = False
     compile: bool = False
     checkpoint_activations: bool = False
     checkpoint_every: Positive = 1000

@@ -20,7 +20,16 @@ from mdltool.losses.multitrain import MultitrainLoss
 from mdltool.model import MultiDomainModel
 from mdltool.registry import did_you_mean
 from mdltool.schema import Recipe, Step
-from mdltool.stages.plan import mix_of, multitrain_spec, order_of, sampling, share_of, train_transform, val_views
+from mdltool.stages.plan import (
+    decays_of,
+    mix_of,
+    multitrain_spec,
+    order_of,
+    sampling,
+    share_of,
+    train_transform,
+    val_views,
+)
 from mdltool.tasks import TASKS, Task
 from mdltool.train.checkpoint import save_tensors
 from mdltool.train.distributed import World, broadcast_object, gather_objects, gather_rows, join_world
@@ -39,6 +48,11 @@ class DomainData:
     val: Artifact | None
     train_index: ShardIndex
     val_index: ShardIndex | None
+
+    @property
+    def clips(self) -> int:
+        """Of both splits."""
+        return len(self.train_index) + (len(self.val_index) if self.val_index is not None else 0)
 
 
 def gather_data(recipe: Recipe, shards: Iterable[Artifact]) -> dict[str, DomainData]:
@@ -87,16 +101,22 @@ def gather_data(recipe: Recipe, shards: Iterable[Artifact]) -> dict[str, DomainD
     return found
 
 
-def train_spec(recipe: Recipe, bn: str, order: Order) -> TrainSpec:
-    """The recipe's training part as plain values. bn: how the model's BatchNorms treat domains."""
+def train_spec(recipe: Recipe, bn: str, order: Order, clips: Mapping[str, int]) -> TrainSpec:
+    """The recipe's training part as plain values. bn: how the model's BatchNorms treat domains.
+
+    clips: of each domain, both splits.
+    """
     train = recipe.train
+    decay = decays_of(recipe, clips)
+    # With one domain all that trains is its own, a backbone too.
+    common = next(iter(decay.values())) if train.decay_by_size and len(recipe.domains) == 1 else None
     return TrainSpec(
-        steps=tuple(_step_spec(step, order.epoch) for step in train.steps),
+        steps=tuple(_step_spec(step, order.epoch, common) for step in train.steps),
         domains=tuple(recipe.domains),
         batches=order.batches,
         bn=bn,
         seed=train.seed,
-        decay={n: d.weight_decay for n, d in recipe.domains.items() if d.weight_decay is not None},
+        decay=decay,
         mix=mix_of(recipe),
         ema=train.ema,
         sync_bn=train.sync_bn,
@@ -135,15 +155,17 @@ def _headline(task: str) -> Headline:
     return Headline(chosen.headline, chosen.higher_is_better)
 
 
-def _step_spec(step: Step, epoch: int) -> StepSpec:
-    """epoch: updates of one epoch."""
+def _step_spec(step: Step, epoch: int, decay: float | None) -> StepSpec:
+    """epoch: updates of one epoch. decay: weight decay in the place of the optimizer's, if any."""
     schedule, scale = step.schedule.model_dump(), 1
     if schedule["unit"] == "epoch":
         scale, schedule["unit"] = epoch, "update"
     schedule["milestones"] = tuple(scale * milestone for milestone in schedule["milestones"])
     schedule["warmup"] *= scale
     updates = step.updates or (step.epochs or 0) * epoch
-    return StepSpec(step.regime, updates, OptimizerSpec(**step.optimizer.model_dump()), ScheduleSpec(**schedule))
+    optimizer = OptimizerSpec(**step.optimizer.model_dump())
+    optimizer = optimizer if decay is None else replace(optimizer, weight_decay=decay)
+    return StepSpec(step.regime, updates, optimizer, ScheduleSpec(**schedule))
 
 
 def _for_one(spec: TrainSpec, domain: str) -> TrainSpec:
@@ -167,7 +189,7 @@ def fit(
 
     world = join_world()
     order = order_of(recipe, {name: len(data[name].train_index) for name in recipe.domains})
-    spec = train_spec(recipe, model.spec.bn, order)
+    spec = train_spec(recipe, model.spec.bn, order, {name: part.clips for name, part in data.items()})
     spec = _for_one(spec, only) if only is not None else spec
     share = share_of(recipe, world.rank, world.size)
     classes = {name: data[name].train_index.classes for name in recipe.domains}
@@ -196,6 +218,8 @@ def fit(
         world=world,
     )
     _say_epoch(data, order, spec)
+    if recipe.train.decay_by_size:
+        _say_decay(data, spec)
     if recipe.train.checkpoint_activations:
         model.checkpoint_activations()
     if recipe.train.compile:
@@ -211,6 +235,11 @@ def fit(
 def _say_epoch(data: Mapping[str, DomainData], order: Order, spec: TrainSpec) -> None:
     clips = ", ".join(f"{name} {len(part.train_index)}" for name, part in data.items())
     console.say(f"an epoch is {order.epoch} updates of {spec.total_updates} (clips: {clips})")
+
+
+def _say_decay(data: Mapping[str, DomainData], spec: TrainSpec) -> None:
+    named = ", ".join(f"{name} {decay:g} ({data[name].clips} clips)" for name, decay in spec.decay.items())
+    console.say(f"weight decay by size: {named}")
 
 
 def _validator(

@@ -15,6 +15,10 @@ from mdltool.losses.multitrain import MultitrainSpec
 from mdltool.model_spec import AdapterSpec, ModelSpec, check_adapters
 from mdltool.schema import Recipe
 
+# A weight decay for domains of fewer clips than this, the smallest first (spec residual_adapters 5).
+_DECAYS = ((8_000, 0.002), (35_000, 0.0005))
+_LEAST_DECAY = 0.0001
+
 
 def model_spec(recipe: Recipe, outputs: dict[str, int]) -> ModelSpec:
     """The model that a recipe describes, with each domain's number of outputs."""
@@ -77,6 +81,18 @@ def multitrain_spec(recipe: Recipe) -> MultitrainSpec | None:
         sigma_init=weights.sigma_init if weights else "one",
         fixed_weights={name: domain.weight for name, domain in recipe.domains.items()},
     )
+
+
+def decay_for(clips: int) -> float:
+    """The weight decay of a domain of so many clips, stronger for fewer (Rebuffi et al. 2018, 4.1; spec 5)."""
+    return next((decay for below, decay in _DECAYS if clips < below), _LEAST_DECAY)
+
+
+def decays_of(recipe: Recipe, clips: Mapping[str, int]) -> dict[str, float]:
+    """Domain -> weight decay of its own parameters, where it is not the optimizer's. clips: of both splits."""
+    by_size = {name: decay_for(clips[name]) for name in recipe.domains} if recipe.train.decay_by_size else {}
+    own = {name: d.weight_decay for name, d in recipe.domains.items() if d.weight_decay is not None}
+    return by_size | own
 
 
 def order_of(recipe: Recipe, clips: Mapping[str, int]) -> Order:
