@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -61,6 +61,14 @@ class ModelSpec:
 def method_of(entry: AdapterSpec) -> tuple[type[AnyAdapter], AdapterOptions]:
     method = ADAPTERS.load(entry.type, "adapters.type")
     return method, parse_options(method.Options, entry.options, f"adapters ({entry.type})")
+
+
+def spec_with_defaults(spec: ModelSpec) -> ModelSpec:
+    """A spec whose backbone and adapters name every option, those that were left out too."""
+    factory = BACKBONES.load(spec.backbone, "backbone.name")
+    chosen = parse_options(factory.Options, spec.backbone_options, f"backbone ({spec.backbone})")
+    adapters = [replace(entry, options=method_of(entry)[1].model_dump(mode="json")) for entry in spec.adapters]
+    return replace(spec, backbone_options=chosen.model_dump(mode="json"), adapters=adapters)
 
 
 def build_backbone(spec: ModelSpec) -> Backbone:

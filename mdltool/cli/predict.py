@@ -21,9 +21,15 @@ def predict(
     paths: Annotated[
         list[Path], typer.Argument(help="A model artifact (default: piped, else the latest), then video files.")
     ],
-    domain: Annotated[str | None, typer.Option("--domain", help="Which domain's adapters and labels.")] = None,
+    domain: Annotated[
+        list[str] | None,
+        typer.Option("--domain", help="Whose adapters and labels: once for all videos, or once a video, in order."),
+    ] = None,
     topk: Annotated[int, typer.Option("--topk", min=1, help="How many labels a video (a regression: all).")] = 5,
     views: Annotated[str | None, typer.Option("--views", help="TxS (default: the recipe's).")] = None,
+    batch: Annotated[
+        int, typer.Option("--batch", min=1, help="Views, of whatever domains, in one pass through the model.")
+    ] = 32,
     weights: Annotated[str, typer.Option("--weights", help="last, best or ema.")] = "last",
     work: options.Work = None,
     as_json: options.Json = False,
@@ -47,7 +53,10 @@ def predict(
 
     from mdltool.stages import predict as stage
 
-    for found in stage.run(chosen, videos, domain, topk=topk, views=views, weights=weights, work=place):
+    results = stage.run(
+        chosen, videos, domain or (), topk=topk, views=views, weights=weights, batch=batch, work=place
+    )
+    for found in results:
         if as_json:
             console.result(json.dumps(found, ensure_ascii=False))
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
@@ -15,7 +15,7 @@ from mdltool.data.loader import ClipViews
 from mdltool.model import MultiDomainModel
 from mdltool.tasks import Task
 
-_VIEWS_PER_FORWARD = 32
+VIEWS_PER_FORWARD = 32
 
 
 @dataclass
@@ -75,15 +75,46 @@ def score_domain(
             logits = logits.float().cpu()
             sizes = [len(clip.views.frames) for clip in group if clip.views is not None]
             for clip, part in zip(group, logits.split(sizes), strict=True):
-                mean = _mean(part)
                 found.keys.append(clip.key)
-                found.scores.append(
-                    _mean(task.probabilities(part)) if average == "probs" else task.probabilities(mean)
-                )
-                found.logits.append(mean)
+                found.scores.append(_over_views(part, task, average))
+                found.logits.append(_mean(part))
             if advance is not None:
                 advance(len(group))
     return found
+
+
+def score_mixed(
+    model: MultiDomainModel,
+    clips: Sequence[tuple[str, Tensor]],
+    tasks: Mapping[str, Task],
+    average: str = "probs",
+    batch: int = VIEWS_PER_FORWARD,
+) -> list[Tensor]:
+    """One [N] score vector for each clip, (domain, its views [V, 3, T, H, W]), as score_domain's; in their order.
+
+    All views of all clips go through the model `batch` at a time, whatever their domains.
+    """
+    model.eval()
+    domains = [domain for domain, views in clips for _ in range(len(views))]
+    frames = torch.cat([views for _, views in clips]) if clips else torch.empty(0)
+    rows: list[Tensor] = []
+    with torch.inference_mode():
+        for start in range(0, len(domains), batch):
+            part = frames[start : start + batch].contiguous(memory_format=torch.channels_last_3d)
+            rows += model(part, domains[start : start + batch])
+    scores, start = [], 0
+    for domain, views in clips:
+        logits_VN = torch.stack(rows[start : start + len(views)]).float()
+        scores.append(_over_views(logits_VN, tasks[domain], average))
+        start += len(views)
+    return scores
+
+
+def _over_views(logits_VN: Tensor, task: Task, average: str) -> Tensor:
+    """[N]: the mean over views of probabilities, or of logits, made probabilities then."""
+    if average == "probs":
+        return _mean(task.probabilities(logits_VN))
+    return task.probabilities(_mean(logits_VN))
 
 
 def _mean(views_VN: Tensor) -> Tensor:
@@ -100,7 +131,7 @@ def _groups(clips: Iterable[ClipViews], found: DomainScores) -> Iterator[list[Cl
         count = len(clip.views.frames)
         found.backends.add(clip.views.backend)
         found.distinct_views = min(found.distinct_views or clip.views.distinct, clip.views.distinct)
-        if group and views + count > _VIEWS_PER_FORWARD:
+        if group and views + count > VIEWS_PER_FORWARD:
             yield group
             group, views = [], 0
         group.append(clip)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,8 @@ from torch import Tensor
 
 from mdltool.artifact import Artifact
 from mdltool.data.decode import VideoError
-from mdltool.data.loader import ClipViews
 from mdltool.errors import MdlError
-from mdltool.evaluate.scores import score_domain
+from mdltool.evaluate.scores import VIEWS_PER_FORWARD, score_mixed
 from mdltool.evaluate.views import load_views
 from mdltool.model_store import load_model
 from mdltool.registry import did_you_mean
@@ -24,44 +23,71 @@ from mdltool.tasks import TASKS, Regression, Task
 def run(
     model_artifact: Artifact,
     videos: Iterable[Path],
-    domain: str | None,
+    domains: Sequence[str] = (),
     *,
     topk: int = 5,
     views: str | None = None,
     weights: str = "last",
+    batch: int = VIEWS_PER_FORWARD,
     work: Path | None = None,
 ) -> Iterator[dict[str, Any]]:
     """One object per video: {"video", "domain", "task", "top": [{"label", "score"}]}, best first.
 
-    score: the softmax probability of single_label, the sigmoid of multi_label. Of a regression, every target in
-    the model's order with its value, whatever topk. domain may be left out for a model of one domain. Raises
-    MdlError for a video that cannot be decoded.
+    domains: one for all videos, or one for each in their order; none for a model of one domain. batch: views, of
+    whatever domains, that go through the model together. score: the softmax probability of single_label, the
+    sigmoid of multi_label. Of a regression, every target in the model's order with its value, whatever topk. Raises
+    MdlError for a video that cannot be decoded, after what came before it.
     """
     content = model_artifact.load_json("model.json")
-    domains = content["domains"]
-    if domain is None and len(domains) == 1:
-        (domain,) = domains
-    if domain is None:
-        raise MdlError("the model has several domains", model_artifact.path, f"--domain {' or '.join(domains)}")
-    if domain not in domains:
-        raise MdlError(f"the model has no domain '{domain}'", model_artifact.path, did_you_mean(domain, domains))
+    classes = {name: entry["classes"] for name, entry in content["domains"].items()}
     videos = list(videos)
+    chosen = _domain_of_each(domains, len(videos), classes, model_artifact)
     for video in videos:
         if not video.is_file():
             raise MdlError("there is no such video file", video, "check the path")
     recipe = Recipe.model_validate(content["recipe"])
-    spec = eval_views(recipe, domain, views)
+    specs = {name: eval_views(recipe, name, views) for name in set(chosen)}
+    tasks: dict[str, Task] = {name: TASKS.load(recipe.domains[name].task)() for name in specs}
     model = load_model(model_artifact, weights, work)
-    task = TASKS.load(recipe.domains[domain].task)()
-    for video in videos:
+    waiting: list[tuple[Path, str, Tensor]] = []
+
+    def scored() -> Iterator[dict[str, Any]]:
+        clips = [(domain, frames) for _, domain, frames in waiting]
+        scores = score_mixed(model, clips, tasks, recipe.views.average, batch)
+        for (video, domain, _), scores_N in zip(waiting, scores, strict=True):
+            top = _top(tasks[domain], classes[domain], scores_N, topk)
+            yield {"video": str(video), "domain": domain, "task": tasks[domain].name, "top": top}
+        waiting.clear()
+
+    for video, domain in zip(videos, chosen, strict=True):
         try:
-            loaded = load_views(video, spec, key=video.stem)
+            loaded = load_views(video, specs[domain], key=video.stem)
         except VideoError as error:
+            yield from scored()
             raise MdlError(f"the video cannot be used: {error.reason}", video, "give another file") from None
-        clip = ClipViews(key=str(video), views=loaded, error=None)
-        found = score_domain(model, [clip], domain, task, average=recipe.views.average)
-        top = _top(task, domains[domain]["classes"], found.scores[0], topk)
-        yield {"video": str(video), "domain": domain, "task": task.name, "top": top}
+        waiting.append((video, domain, loaded.frames))
+        if sum(len(frames) for _, _, frames in waiting) >= batch:
+            yield from scored()
+    yield from scored()
+
+
+def _domain_of_each(
+    given: Sequence[str], videos: int, known: Mapping[str, Any], model_artifact: Artifact
+) -> list[str]:
+    """Each video's domain."""
+    for name in given:
+        if name not in known:
+            raise MdlError(f"the model has no domain '{name}'", model_artifact.path, did_you_mean(name, known))
+    if not given and len(known) > 1:
+        raise MdlError("the model has several domains", model_artifact.path, f"--domain {' or '.join(known)}")
+    given = given or list(known)
+    if len(given) not in (1, videos):
+        raise MdlError(
+            f"{len(given)} domains were given for {videos} videos",
+            "--domain",
+            "give one domain for all videos, or one for each, in their order",
+        )
+    return list(given) * (videos if len(given) == 1 else 1)
 
 
 def _top(task: Task, classes: Sequence[str], scores_N: Tensor, topk: int) -> list[dict[str, Any]]:
