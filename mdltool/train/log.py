@@ -16,10 +16,14 @@ from mdltool.train.tally import Line, Tally
 from mdltool.types import Batch
 
 
+_TIME = "seconds"  # of training so far: in lines of validations alone
+
+
 class MetricsLog:
     """metrics.jsonl of a run, by its first process, and clips-RANK.jsonl by every one where asked for.
 
-    One JSON object a line. Lines after `resume_at` updates, and a torn last line, are dropped first.
+    One JSON object a line. Dropped first: lines after `resume_at` updates, the validation at it, which comes after
+    its checkpoint and so again, and a torn last line.
     """
 
     def __init__(self, folder: Path, resume_at: int, accelerator: Accelerator | None, world: World) -> None:
@@ -58,7 +62,7 @@ class MetricsLog:
         """Scores by domain; seconds: of training so far."""
         for domain, values in scores.items():
             named = {f"val_{key}": value for key, value in values.items()}
-            self._write(step, domain, {**named, "seconds": round(seconds, 3)})
+            self._write(step, domain, {**named, _TIME: round(seconds, 3)})
 
     def close(self) -> None:
         for handle in (self._metrics, self._clips):
@@ -84,7 +88,8 @@ def _reopened(path: Path, resume_at: int) -> TextIO:
     kept = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
-            if json.loads(line)["step"] <= resume_at:
+            entry = json.loads(line)
+            if entry["step"] < resume_at + (_TIME not in entry):
                 kept.append(line)
         except (ValueError, KeyError):
             continue

@@ -79,7 +79,7 @@ class Trainer:
             with _stop_signals() as stopped, self._bar() as advance:
                 self._run_steps(log, stopped, advance)
             self._recalibrate()
-            if self.spec.bn == "recalibrate" or self.progress.update not in self._validated:
+            if self.progress.update not in self._validated:
                 self._validate(log)
         finally:
             log.close()
@@ -108,7 +108,8 @@ class Trainer:
 
     @property
     def _validated(self) -> range:
-        every = self.spec.val_every
+        """The updates after which the run is validated; each has a checkpoint, written before."""
+        every = 0 if self.spec.bn == "recalibrate" else self.spec.val_every
         return range(every, self.spec.total_updates + 1, every) if every else range(0)
 
     @contextlib.contextmanager
@@ -127,6 +128,8 @@ class Trainer:
         for step in self.spec.steps:
             end = begin + step.updates
             self.model.apply_regime(step.regime, self.spec.bn, self.spec.only)
+            if begin < self.progress.update <= end and self.progress.update in self._validated:
+                self._validate(log)  # resumed: the checkpoint is of the moment before
             if self.progress.update < end:
                 self._run_step(step, begin, batches, log, stopped, advance)
             begin = end
@@ -247,15 +250,17 @@ class Trainer:
         return Clips(frames, labels, batch.domain, domain_B.to(self.device), whole, partner_B, own_share)
 
     def _after_update(self, optimizer: Any, log: MetricsLog) -> None:
+        """Write the checkpoint, then validate: what ends the run meanwhile costs no update."""
         update, spec = self.progress.update, self.spec
-        if update in self._validated and spec.bn != "recalibrate":
-            self._validate(log)
-        if self._stop or update % spec.checkpoint_every == 0 or update == spec.total_updates:
+        stop, validated = self._stop and update < spec.total_updates, update in self._validated
+        if stop or validated or update % spec.checkpoint_every == 0 or update == spec.total_updates:
             self._share_buffers()
             if self.world.is_main:
                 self._save(getattr(optimizer, "optimizer", optimizer))
-            if self._stop and update < spec.total_updates:
-                raise Stopped(f"stopped by a signal after update {update}; its checkpoint is written")
+        if stop:
+            raise Stopped(f"stopped by a signal after update {update}; its checkpoint is written")
+        if validated:
+            self._validate(log)
 
     def _save(self, optimizer: torch.optim.Optimizer) -> None:
         tensors = {f"model/{key}": value for key, value in self.model.tensors().items()}

@@ -253,6 +253,62 @@ def test_validation_keeps_the_best_and_says_when_it_came(tmp_path: Path) -> None
     assert (tmp_path / "weights" / "best.safetensors").exists()
 
 
+class _DiedError(Exception):
+    """What ends a validation."""
+
+
+def test_what_ends_a_validation_costs_no_update(tmp_path: Path) -> None:
+    """The checkpoint comes first; the resumed run validates that update once and is the undisturbed run."""
+    steps = (StepSpec("heads", 2, SGD, ScheduleSpec()), StepSpec("joint", 3, SGD, ScheduleSpec()))
+    plan = spec(steps=steps, val_every=2, ema=0.5)
+
+    def running(folder: Path, seed: int, dies_at: int) -> MultiDomainModel:
+        model, calls = model_of(seed=seed), []
+
+        def validate(model: MultiDomainModel) -> dict[str, dict[str, float]]:
+            calls.append(float(model.heads["a"].weight.detach().abs().sum()))
+            if len(calls) == dies_at:
+                raise _DiedError
+            return {domain: {"top1": calls[-1]} for domain in DOMAINS}
+
+        trainer(folder, model, plan, validate=validate).run()
+        return model
+
+    steady = running(tmp_path / "steady", 0, 0)
+    for dies_at, seed in ((1, 0), (2, 5), (2, 6)):  # at updates 2 (the end of a step), 4 and 5 (the end)
+        with pytest.raises(_DiedError):
+            running(tmp_path / "cut", seed, dies_at)
+    assert states_equal(running(tmp_path / "cut", 7, 0), steady)
+    files = ("weights/best.safetensors", "weights/ema.safetensors")
+    assert all((tmp_path / "cut" / f).read_bytes() == (tmp_path / "steady" / f).read_bytes() for f in files)
+    logs = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("steady", "cut")
+    ]
+    names = ("step", "domain", "loss", "val_top1")
+    assert [[line.get(n) for n in names] for line in logs[1]] == [[line.get(n) for n in names] for line in logs[0]]
+
+
+def test_a_signal_stops_before_a_validation_and_the_resumed_run_makes_it(tmp_path: Path) -> None:
+    validated: list[int] = []
+
+    def validate(_: MultiDomainModel) -> dict[str, dict[str, float]]:
+        validated.append(1)
+        return {domain: {"top1": 0.5} for domain in DOMAINS}
+
+    def killing(start: int) -> Iterator[Batch]:
+        for number, one in enumerate(loader(start)):
+            if number == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield one
+
+    with pytest.raises(Stopped, match="after update 2"):
+        trainer(tmp_path, model_of(), spec(4, val_every=2), killing, validate).run()
+    assert not validated
+    trainer(tmp_path, model_of(), spec(4, val_every=2), validate=validate).run()
+    assert len(validated) == 2
+
+
 def test_recalibration_measures_each_domain_after_shared_training(tmp_path: Path) -> None:
     model = model_of(bn="recalibrate")
     shift = {"a": 0.0, "b": 3.0, "c": -2.0}
