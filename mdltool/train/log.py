@@ -15,7 +15,6 @@ from mdltool.train.distributed import World
 from mdltool.train.tally import Line, Tally
 from mdltool.types import Batch
 
-
 _TIME = "seconds"  # of training so far: in lines of validations alone
 
 
@@ -35,9 +34,16 @@ class MetricsLog:
                 if int(path.stem.removeprefix("clips-")) >= world.size:
                     _reopened(path, resume_at).close()
         self._clips: TextIO | None = None
+        self._passed_over: set[tuple[str | None, str]] = set()
 
     def update(self, step: int, lines: Sequence[Line], tally: Tally, lr: float, seconds: float) -> None:
-        """An update's losses by domain and whole batch, and the objective's further terms."""
+        """An update's losses by domain and whole batch, the objective's further terms, what was passed over."""
+        for domain, passed_over in tally.skipped.items():
+            self._write(step, domain, {"skipped": sorted(passed_over)})
+            for key in sorted(passed_over):
+                if (domain, key) not in self._passed_over:
+                    console.warn(f"{key}{f' of {domain}' if domain else ''} is passed over: {passed_over[key]}")
+                self._passed_over.add((domain, key))
         clips = sum(line.clips for line in lines)
         common = {
             "lr": lr,
@@ -49,14 +55,11 @@ class MetricsLog:
         if tally.terms:
             self._write(step, None, {name: float(value) for name, value in tally.terms.items()})
 
-    def clips(self, step: int, batch: Batch, wanted: bool) -> None:
-        """Which clips of a micro-batch were passed over and, where wanted, which it has."""
-        if batch.skipped:
-            self._write(step, batch.domain, {"skipped": [key for key, _ in batch.skipped]})
-        if wanted:
-            if self._clips is None:
-                self._clips = _reopened(self._folder / f"clips-{self._world.rank}.jsonl", self._resume_at)
-            self._clips.write(json.dumps({"step": step, "domain": batch.domain, "keys": batch.keys}) + "\n")
+    def clips(self, step: int, batch: Batch) -> None:
+        """Which clips a micro-batch has."""
+        if self._clips is None:
+            self._clips = _reopened(self._folder / f"clips-{self._world.rank}.jsonl", self._resume_at)
+        self._clips.write(json.dumps({"step": step, "domain": batch.domain, "keys": batch.keys}) + "\n")
 
     def validation(self, step: int, scores: Mapping[str, Mapping[str, float]], seconds: float) -> None:
         """Scores by domain; seconds: of training so far."""

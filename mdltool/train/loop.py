@@ -198,7 +198,8 @@ class Trainer:
             self.run_parts.accelerator.backward(part.total)
             tally.add(batch, part)
             self._seen |= dict.fromkeys(domains_of(batch, self.spec.domains), update)
-            log.clips(update + 1, batch, self.spec.log_clips)
+            if self.spec.log_clips:
+                log.clips(update + 1, batch)
         lines, self._stop = tally.finish(update, stopped(), self.world)
         sum_gradients(parameters, self.world)
         if self._clip_norm is not None:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mdltool.errors import Elsewhere, MdlError
-from mdltool.train.distributed import World
+from mdltool.train.distributed import World, gather_objects
 from mdltool.train.objective import Part
 from mdltool.types import Batch
 
@@ -27,12 +27,17 @@ class Line:
 
 @dataclass
 class Tally:
-    """Counts of one update. domains: in the recipe's order; batches: whole ones."""
+    """Counts of one update. domains: in the recipe's order; batches: whole ones.
+
+    skipped: domain (None: several) -> key -> why the clip was passed over; after `finish` the first process has
+    what every process met.
+    """
 
     domains: Sequence[str]
     batches: int
     waited: float = 0.0
     terms: dict[str, Tensor] = field(default_factory=dict)
+    skipped: dict[str | None, dict[str, str]] = field(default_factory=dict)
     _losses: list[tuple[int, str, Tensor, int]] = field(default_factory=list)
     _keys: dict[tuple[int, str], list[str]] = field(default_factory=dict)
 
@@ -43,6 +48,8 @@ class Tally:
         for key, domain in zip(batch.keys, domains_of(batch, self.domains), strict=True):
             self._keys.setdefault((batch.number, domain), []).append(key)
         self.terms |= part.parts
+        if batch.skipped:
+            self.skipped.setdefault(batch.domain, {}).update(batch.skipped)
 
     def finish(self, update: int, stop: bool, world: World) -> tuple[list[Line], bool]:
         """(what was counted, whether any process was asked to stop), the same on every process.
@@ -61,15 +68,18 @@ class Tally:
             if fault is None and not math.isfinite(float(value)):
                 keys = [key for keys in self._keys.values() for key in keys]
                 fault = _fault(f"the term '{name}' is {float(value)} at update {update + 1}", keys)
-        flags = torch.tensor([float(stop), float(fault is not None)], dtype=torch.float64)
+        raised = [float(stop), float(fault is not None), float(bool(self.skipped))]
+        flags = torch.tensor(raised, dtype=torch.float64)
         if world.size > 1:
             message = torch.cat([flags, table.nan_to_num().flatten()])
             dist.all_reduce(message)
-            flags, table = message[:2], message[2:].view_as(table)
+            flags, table = message[: len(raised)], message[len(raised) :].view_as(table)
         if fault is not None:
             raise fault
         if flags[1] > 0:
             raise Elsewhere("the loss is not finite in another process")
+        if flags[2] > 0:
+            self._gather_skipped(world)
         lines = [
             Line(self.domains[d], loss / clips, int(clips))
             for rows in table.tolist()
@@ -77,6 +87,11 @@ class Tally:
             if clips
         ]
         return lines, bool(flags[0] > 0)
+
+    def _gather_skipped(self, world: World) -> None:
+        for theirs in (gather_objects(self.skipped, world) or [])[1:]:
+            for domain, clips in theirs.items():
+                self.skipped.setdefault(domain, {}).update(clips)
 
 
 def _fault(what: str, keys: Sequence[str]) -> MdlError:

@@ -1,4 +1,7 @@
-"""Two processes train; the second meets a clip whose frames are not finite: `python -m ... nan FOLDER`."""
+"""Two processes train; the second meets a clip whose frames are not finite: `python -m ... nan FOLDER`.
+
+Before, both have passed over a clip of a, and the second one of b.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,10 @@ def main() -> int:
                 if domain == "b" and world.rank == 1 and position == 4:
                     frames[1] = float("nan")
                 keys = [f"{domain}/{position + 2 * world.rank + k}" for k in range(2)]
-                yield Batch(domain, frames, torch.tensor([0, 1]), keys, whole={domain: 4}, number=number)
+                batch = Batch(domain, frames, torch.tensor([0, 1]), keys, whole={domain: 4}, number=number)
+                if position == 0 and (domain == "a" or world.rank == 1):
+                    batch.skipped.append((f"{domain}/40", "damaged"))
+                yield batch
 
     step = StepSpec("joint", 10, OptimizerSpec("sgd", 0.01), ScheduleSpec())
     spec = TrainSpec((step,), ("a", "b"), 2, "frozen")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -236,6 +237,10 @@ def test_what_is_not_finite_in_one_process_ends_all_and_names_the_clips(tmp_path
     assert "b/7" in other
     assert "Traceback" not in said
     assert "nan" not in said, "one process speaks"
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    passed_over = [(line["step"], line["domain"], line["skipped"]) for line in lines if "skipped" in line]
+    assert passed_over == [(1, "a", ["a/40"]), (1, "b", ["b/40"])], "of every process, each clip once"
+    assert said.count("b/40 of b is passed over: damaged") == 1
 
 
 def test_a_process_that_dies_ends_the_others(world: World, tmp_path: Path) -> None:
