@@ -189,6 +189,8 @@ def _cross_faults(recipe: Recipe) -> list[str]:
     trains = {step.regime for step in recipe.train.steps}
     if trains == {"adapters"} and not recipe.adapters:
         faults.append("train.steps: regime 'adapters' without adapters trains nothing")
+    if recipe.heads.type == "mlp" and recipe.heads.reuse_pretrained:
+        faults.append("heads.reuse_pretrained: a pretrained classifier is one layer, which type: mlp does not take")
     return faults + _training_faults(recipe) + _norm_faults(recipe)
 
 
@@ -205,6 +207,8 @@ def _norm_faults(recipe: Recipe) -> list[str]:
             )
         elif bn != "frozen" and train.domain_order != "sequential":
             faults.append("train.split: 'batches' with statistics per domain wants domain_order: sequential")
+    if bn == "frozen" and train.sync_bn and not recipe.adapters:
+        faults.append("train.sync_bn: every BatchNorm is frozen, so there is nothing to share; leave it out")
     if bn == "recalibrate" and (train.domain_order == "random" or train.ema):
         faults.append(
             "train.bn: 'recalibrate' measures every domain, with the last weights: no random order, no ema"
@@ -214,8 +218,7 @@ def _norm_faults(recipe: Recipe) -> list[str]:
 
 def _training_faults(recipe: Recipe) -> list[str]:
     """What the way of training does not go with."""
-    faults, losses, train = [], recipe.losses, recipe.train
-    multitrain = any(part is not None for part in (losses.inf, losses.proj, losses.weights))
+    faults, train = _loss_faults(recipe), recipe.train
     if train.batches == "mixed":
         if recipe.adapters:
             faults.append("train.batches: mixed batches share every layer; leave out the adapters, or: in_turn")
@@ -225,22 +228,13 @@ def _training_faults(recipe: Recipe) -> list[str]:
             faults.append("data.batch: mixed batches have one number of clips, of all domains together")
         if train.rounds_per_update > 1:
             faults.append("train.rounds_per_update: a mixed batch is an update; raise data.batch")
+        if train.domain_order != "sequential":
+            faults.append("train.domain_order: a mixed batch has every domain; see data.proportions")
     if train.compile and train.checkpoint_activations:
         faults.append("train.compile: torch cannot compile what checkpoint_activations runs again")
-    if losses.weights is not None and losses.weights.mode == "uncertainty":
-        weighted = [name for name, part in recipe.domains.items() if part.weight != 1]
-        faults += [f"domains.{name}.weight: the weights are learned; leave it out" for name in weighted]
-    if multitrain or train.batches == "mixed":
-        tasks = {d.task for d in recipe.domains.values()} - {"single_label"}
-        if tasks:
-            faults.append(f"losses: mixed batches, inf, proj and weights are for single_label, not {tasks.pop()}")
-        if train.split == "batches":
-            faults.append("train.split: 'batches' wants each domain's own loss, in batches in turn")
-        if losses.reduction != "mean" or losses.domain_average:
-            faults.append("losses.reduction, domain_average: these are of batches in turn; see losses.norm")
     if train.batches == "in_turn" and recipe.data.augment.mix_scope == "both":
         faults.append("data.augment.mix_scope: 'both' wants mixed batches")
-    if train.batches == "in_turn" and not multitrain and recipe.data.augment.smooth_classes is not None:
+    if train.batches == "in_turn" and not _multitrain(recipe) and recipe.data.augment.smooth_classes is not None:
         faults.append("data.augment.smooth_classes: this is of mixed batches, where data sets differ in classes")
     if recipe.data.proportions is not None:
         if train.batches == "in_turn" and train.domain_order != "random":
@@ -252,6 +246,39 @@ def _training_faults(recipe: Recipe) -> list[str]:
                 hint = did_you_mean(name, recipe.domains)
                 faults.append(f"data.proportions.{key}.{name}: no such domain; {hint}")
     return faults
+
+
+def _loss_faults(recipe: Recipe) -> list[str]:
+    """What the losses do not go with, and keys of losses that are not there."""
+    faults: list[str] = []
+    losses, train = recipe.losses, recipe.train
+    if losses.weights is not None and losses.weights.mode == "uncertainty":
+        weighted = [name for name, part in recipe.domains.items() if part.weight != 1]
+        faults += [f"domains.{name}.weight: the weights are learned; leave it out" for name in weighted]
+    if losses.weights is not None and losses.weights.mode == "fixed":
+        of_learned = [key for key in ("half", "sigma_init") if key in _changed(losses.weights)]
+        faults += [f"losses.weights.{key}: this is of mode: uncertainty; leave it out" for key in of_learned]
+    if losses.norm != "batch" and not _multitrain(recipe) and train.batches == "in_turn":
+        faults.append("losses.norm: this is of mixed batches, inf, proj and weights; see losses.reduction")
+    if _multitrain(recipe) or train.batches == "mixed":
+        tasks = {d.task for d in recipe.domains.values()} - {"single_label"}
+        if tasks:
+            faults.append(f"losses: mixed batches, inf, proj and weights are for single_label, not {tasks.pop()}")
+        if train.split == "batches":
+            faults.append("train.split: 'batches' wants each domain's own loss, in batches in turn")
+        if losses.reduction != "mean" or losses.domain_average:
+            faults.append("losses.reduction, domain_average: these are of batches in turn; see losses.norm")
+    return faults
+
+
+def _multitrain(recipe: Recipe) -> bool:
+    """Whether the recipe names a part of MultiTrain's objective."""
+    return any(part is not None for part in (recipe.losses.inf, recipe.losses.proj, recipe.losses.weights))
+
+
+def _changed(part: BaseModel) -> set[str]:
+    """The keys of a part that are not as they are by default."""
+    return {key for key, entry in type(part).model_fields.items() if getattr(part, key) != entry.default}
 
 
 def rename_domain(recipe: Recipe, domain: str) -> Recipe:

@@ -87,6 +87,37 @@ def test_single_faults(path: str, value: Any, message: str) -> None:
     assert message in faults(bad)
 
 
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("tiny_demo", ["losses.norm=dataset"], "losses.norm: this is of mixed batches"),
+        ("tiny_multitrain", ["train.domain_order=shuffled"], "train.domain_order: a mixed batch has every domain"),
+        ("tiny_multitrain", ["losses.weights={mode: fixed, half: false}"], "losses.weights.half: this is of mode"),
+        (
+            "tiny_multitrain",
+            ["losses.weights={mode: fixed, sigma_init: uniform}"],
+            "losses.weights.sigma_init: this is of mode: uncertainty",
+        ),
+        ("tiny_multitrain", ["heads.reuse_pretrained=true"], "heads.reuse_pretrained: a pretrained classifier"),
+        ("tiny_multihead", ["train.bn=frozen", "train.sync_bn=true"], "train.sync_bn: every BatchNorm is frozen"),
+    ],
+)
+def test_keys_that_would_do_nothing_are_refused(name: str, overrides: list[str], message: str) -> None:
+    with pytest.raises(MdlError, match=message):
+        load(name, overrides)
+
+
+def test_defaults_may_be_stated() -> None:
+    """The recipe of a finished model has every key."""
+    changes = ("losses.weights={mode: fixed, half: true}", "train.domain_order=sequential")
+    for recipe in (
+        load("tiny_demo"),
+        load("tiny_multihead", ["train.bn=frozen"]),
+        load("tiny_multitrain", changes),
+    ):
+        assert validate(recipe.model_dump(mode="json"), recipe.name) == recipe
+
+
 def test_overrides_reach_lists_and_new_keys() -> None:
     recipe = load("tiny_demo", ["train.steps.0.updates=7", "domains.chalk.weight=2.5", "adapters.0.sites=[stage2]"])
     assert recipe.train.steps[0].updates == 7

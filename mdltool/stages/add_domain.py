@@ -136,12 +136,15 @@ def _recipe_for(
     batch = stored["data"]["batch"]
     alone = {"batch": max(batch.values()) if isinstance(batch, dict) else batch, "proportions": None}
     augment = {**stored["data"]["augment"], "mix_scope": "masked", "smooth_classes": None}
+    train = {**stored["train"], "steps": [step], "batches": "in_turn", "split": "rows"}
+    if not stored["adapters"] and train["bn"] not in ("per_domain", "per_domain_stats"):
+        train["sync_bn"] = False  # the BatchNorms are the old domains'
     content = {
         **stored,
         "published": None,
         "domains": {domain: {"task": task}},
-        "losses": {k: v for k, v in stored["losses"].items() if k not in ("inf", "proj", "weights")},
-        "train": {**stored["train"], "steps": [step], "batches": "in_turn", "split": "rows"},
+        "losses": {k: v for k, v in stored["losses"].items() if k not in ("norm", "inf", "proj", "weights")},
+        "train": train,
         "data": {**stored["data"], **alone, "augment": augment},
     }
     for override in overrides:
