@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -159,7 +160,11 @@ def _not_an_artifact(path: Path, wanted: str) -> MdlError:
 
 
 class Draft:
-    """An artifact being built in `<out>.partial/`; `commit` makes it whole. Made by `begin`."""
+    """An artifact being built in `<out>.partial/`; `commit` makes it whole. Made by `begin`.
+
+    As a context it covers work of which nothing could be continued: what is raised there deletes the directory,
+    unless an earlier run had left it.
+    """
 
     def __init__(self, out: Path, lock: IO[str], header: dict[str, Any], resumed: bool) -> None:
         self.out = out
@@ -167,6 +172,13 @@ class Draft:
         self.resumed = resumed
         self._lock = lock
         self._header = header
+
+    def __enter__(self) -> Draft:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self.abandon(keep=self.resumed)
 
     def commit(
         self,
@@ -318,7 +330,9 @@ def _may_resume(partial: Path, header: dict[str, Any], resume: str) -> bool:
         )
     if resume == "ask":
         raise MdlError(
-            "an interrupted run is here", partial, "add --resume to continue it, or delete the directory"
+            "an interrupted run is here",
+            partial,
+            f"add --resume to continue it, or start over: rm -r {shlex.quote(str(partial))}",
         )
     return True
 

@@ -61,10 +61,13 @@ class _Part:
         return note.read_text() if note.is_file() else None
 
     def restart(self, validator: str | None) -> None:
-        self.handle.truncate(0)
-        self._note().unlink(missing_ok=True)
-        if validator is not None:
-            write_text(self._note(), validator)
+        try:
+            self.handle.truncate(0)
+            self._note().unlink(missing_ok=True)
+            if validator is not None:
+                write_text(self._note(), validator)
+        except OSError as error:  # else it would look as one of the connection
+            raise _unwritable(self.path, error) from None
 
     def finish(self, target: Path) -> None:
         self.handle.flush()
@@ -145,7 +148,7 @@ def _open_part(path: Path) -> Iterator[_Part]:
         handle = open(path, "ab")  # noqa: SIM115 - the generator closes it
     except OSError as error:
         raise _unwritable(path, error) from None
-    with handle:
+    with _closing(path, handle):
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # A process that has just finished renamed the file that was opened here.
@@ -155,6 +158,16 @@ def _open_part(path: Path) -> Iterator[_Part]:
         if not free:
             raise MdlError("another process downloads this file", path, "wait for it, then run again")
         yield _Part(path, handle)
+
+
+@contextlib.contextmanager
+def _closing(path: Path, handle: IO[bytes]) -> Iterator[None]:
+    """What a write, a flush or, once more, the closing says of the disk, with the path."""
+    try:
+        with handle:
+            yield
+    except OSError as error:
+        raise _unwritable(path, error) from None
 
 
 def _unwritable(path: Path, error: OSError) -> MdlError:

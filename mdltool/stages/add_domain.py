@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +67,10 @@ def run(
         return draft
     seeded(recipe.train.seed)
     names = data[domain].train_index.classes
-    try:
+    with draft or nullcontext():
         model = extended(load_model(source, work=work), domain, len(names), start_from)
-    except MdlError:
-        if draft is not None:
-            draft.abandon(keep=draft.resumed)
-        raise
-    if start_from is None:
-        begin_as_source(model, backbone, recipe.backbone.adapters, [domain])
+        if start_from is None:
+            begin_as_source(model, backbone, recipe.backbone.adapters, [domain])
     progress = fit(recipe, model, data, partial_path(out), own_backbone=own, workers=workers, only=domain)
     if draft is not None:
         save_tensors(draft.path / "weights" / "last.safetensors", stored_tensors(model.to("cpu"), own))

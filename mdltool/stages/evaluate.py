@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mdltool import console
-from mdltool.artifact import Artifact
+from mdltool.artifact import Artifact, Draft
 from mdltool.data.index import ShardIndex
 from mdltool.data.loader import ViewLoader
 from mdltool.errors import MdlError
@@ -67,20 +67,18 @@ def run(
     draft = begin_together(world, out, kind="eval", stage="eval", inputs=inputs, request=request)
     if isinstance(draft, Artifact):
         return draft
-    model = load_model(model_artifact, weights, work).to(_device()).channels_last()
-    found = {
-        d: _score(model, recipe, d, index, grids[d], precision, workers, world) for d, (_, index) in indices.items()
-    }
-    if draft is not None:
-        head = {"model_digest": model_artifact.digest, "views": grid, "weights": weights}
-        report = _report(recipe, found, indices, grids, head, precision)
-        if decathlon is not None:
-            report["metrics"]["decathlon"] = decathlon.score(accuracies_of(report["metrics"], out))
-        write_text(draft.path / "metrics.json", json.dumps(report["metrics"], indent=1))
-        write_text(draft.path / "confusion.json", json.dumps(report["confusion"]))
-        scores = {d: f for d, f in found.items() if f is not None}
-        write_scores(draft.path / "scores.parquet", scores, {d: index for d, (_, index) in indices.items()})
-        draft.commit(_summary(report["metrics"]))
+    with draft or nullcontext():
+        model = load_model(model_artifact, weights, work).to(_device()).channels_last()
+        found = {
+            d: _score(model, recipe, d, index, grids[d], precision, workers, world)
+            for d, (_, index) in indices.items()
+        }
+        if draft is not None:
+            head = {"model_digest": model_artifact.digest, "views": grid, "weights": weights}
+            report = _report(recipe, found, indices, grids, head, precision)
+            if decathlon is not None:
+                report["metrics"]["decathlon"] = decathlon.score(accuracies_of(report["metrics"], out))
+            _write(draft, report, found, indices)
     return open_together(world, out, "eval")
 
 
@@ -179,6 +177,19 @@ def _summary(metrics: dict[str, Any]) -> dict[str, Any]:
     if metrics["decathlon"] is not None:
         summary["decathlon"] = metrics["decathlon"]["score"]
     return summary
+
+
+def _write(
+    draft: Draft,
+    report: dict[str, Any],
+    found: dict[str, DomainScores | None],
+    indices: dict[str, tuple[Artifact, ShardIndex]],
+) -> None:
+    write_text(draft.path / "metrics.json", json.dumps(report["metrics"], indent=1))
+    write_text(draft.path / "confusion.json", json.dumps(report["confusion"]))
+    scores = {d: f for d, f in found.items() if f is not None}
+    write_scores(draft.path / "scores.parquet", scores, {d: index for d, (_, index) in indices.items()})
+    draft.commit(_summary(report["metrics"]))
 
 
 def _say_collapsed(domain: str, scores: DomainScores, grid: str) -> None:

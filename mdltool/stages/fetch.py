@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Mapping
@@ -15,6 +16,8 @@ from mdltool.backbones.sources import HUB_FILES, Source, from_url, source_of
 from mdltool.errors import MdlError
 from mdltool.files import sha256_file
 from mdltool.stages.weights import import_weights
+
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
 
 
 def fetch(
@@ -94,6 +97,7 @@ def _from_hub(repository: str, urls: tuple[str, ...]) -> Path | None:
     """
     try:
         from huggingface_hub import hf_hub_download
+        from huggingface_hub.constants import HF_HUB_CACHE
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
     except ImportError:
         return None
@@ -111,6 +115,9 @@ def _from_hub(repository: str, urls: tuple[str, ...]) -> Path | None:
         except RepositoryNotFoundError as error:
             raise NotThere(f"the hub does not give {repository} ({_first_line(error)})", url) from None
         except Exception as error:  # the library lets through what its transport raises
+            if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+                what = f"the download cannot be written ({error.strerror})"
+                raise MdlError(what, error.filename or HF_HUB_CACHE, "free space, or set HF_HOME") from None
             raise Unreachable(f"the hub's download does not arrive ({_first_line(error)})", url) from None
         blob = path.resolve().name
         _check_file(path, blob if re.fullmatch(r"[0-9a-f]{64}", blob) else None)

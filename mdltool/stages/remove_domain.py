@@ -28,23 +28,20 @@ def run(source: Artifact, domain: str, out: Path, *, work: Path) -> Artifact:
     draft = begin(out, kind="model", stage="model rm", inputs=inputs, request={"domain": domain})
     if isinstance(draft, Artifact):
         return draft
-    try:
+    kept = {name: classes for name, classes in domains.items() if name != domain}
+    recipe = _without(content["recipe"], domain)
+    with draft:
         for weights in [name for name in WEIGHTS if f"weights/{name}.safetensors" in source.files]:
             model = reduced(load_model(source, weights, work), domain)
             save_tensors(draft.path / "weights" / f"{weights}.safetensors", stored_tensors(model, own))
-    except MdlError:
-        draft.abandon()
-        raise
-    kept = {name: classes for name, classes in domains.items() if name != domain}
-    recipe = _without(content["recipe"], domain)
-    write_model_json(draft.path, model.spec, recipe, kept, own, model.parameter_counts())
-    write_text(draft.path / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
-    summary = {
-        "recipe": recipe["name"],
-        "removed": domain,
-        "domains": {n: {"classes": len(c)} for n, c in kept.items()},
-    }
-    return draft.commit(summary)
+        write_model_json(draft.path, model.spec, recipe, kept, own, model.parameter_counts())
+        write_text(draft.path / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
+        summary = {
+            "recipe": recipe["name"],
+            "removed": domain,
+            "domains": {n: {"classes": len(c)} for n, c in kept.items()},
+        }
+        return draft.commit(summary)
 
 
 def _without(recipe: dict[str, Any], domain: str) -> dict[str, Any]:

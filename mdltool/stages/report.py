@@ -23,8 +23,9 @@ def run(evals: Sequence[Artifact], out: Path) -> Artifact:
     )
     if isinstance(draft, Artifact):
         return draft
-    write_text(draft.path / "report.html", document([_evaluated(artifact) for artifact in evals]))
-    return draft.commit({"evals": [artifact.name for artifact in evals], "page": "report.html"})
+    with draft:
+        write_text(draft.path / "report.html", document([_evaluated(artifact) for artifact in evals]))
+        return draft.commit({"evals": [artifact.name for artifact in evals], "page": "report.html"})
 
 
 def _evaluated(artifact: Artifact) -> Evaluated:

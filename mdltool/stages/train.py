@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +62,13 @@ def run(
     if isinstance(draft, Artifact):
         return draft
     seeded(recipe.train.seed)
-    model = build_model(spec, backbone_with_weights(spec, source))
     classes = {name: d.train_index.classes for name, d in data.items()}
-    if recipe.heads.reuse_pretrained and source is not None:
-        pretrained = source.load_json("backbone.json").get("classes", [])
-        reuse_classifier(model, {n: list(c) for n, c in classes.items()}, pretrained)
-    begin_as_source(model, source, recipe.backbone.adapters, spec.domains)
+    with draft or nullcontext():
+        model = build_model(spec, backbone_with_weights(spec, source))
+        if recipe.heads.reuse_pretrained and source is not None:
+            pretrained = source.load_json("backbone.json").get("classes", [])
+            reuse_classifier(model, {n: list(c) for n, c in classes.items()}, pretrained)
+        begin_as_source(model, source, recipe.backbone.adapters, spec.domains)
     regimes: set[str] = {step.regime for step in recipe.train.steps}
     # Random weights have no artifact to point at, so they are stored whatever the regime.
     own_backbone = source is None or changes_backbone(regimes, spec.bn)

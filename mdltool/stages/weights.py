@@ -84,18 +84,15 @@ def import_weights(
     draft = begin(out, kind="backbone", stage="backbone import", inputs=[], request=request)
     if isinstance(draft, Artifact):
         return draft
-    try:
+    with draft:
         backbone = factory(chosen, factory.default_frames, factory.default_crop)
         _check_config(path, backbone)
         state = to_library(read_checkpoint(path), backbone.library_state(), path)
         backbone.load_library_state(state, path)
-    except MdlError:
-        draft.abandon()
-        raise
-    note = about(name, backbone, dict(options or {}))
-    note |= {"weights": tag, "classes": classes or [], "source": source or path.resolve().name}
-    save_backbone(draft.path, backbone, note)
-    return draft.commit({"name": name, "weights": tag, "parameters": note["parameters"]})
+        note = about(name, backbone, dict(options or {}))
+        note |= {"weights": tag, "classes": classes or [], "source": source or path.resolve().name}
+        save_backbone(draft.path, backbone, note)
+        return draft.commit({"name": name, "weights": tag, "parameters": note["parameters"]})
 
 
 def about(name: str, backbone: Backbone, options: dict[str, Any]) -> dict[str, Any]:

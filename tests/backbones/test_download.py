@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -142,3 +145,24 @@ def test_places_that_do_not_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("MDLTOOL_CACHE", str(tmp_path / "full"))
     with pytest.raises(MdlError, match="cannot be written"):
         download.download((tmp_path / "a.bin").as_uri())
+
+
+@contextlib.contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    """Writing beyond so many bytes of a file fails, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [10, 50_000])
+def test_a_full_disk_is_named(size: int, server: Server) -> None:
+    """It takes neither the server's note of the content nor the first bytes, which closing the file tries again."""
+    server.files["/a.bin"], server.etag = bytes(100_000), f'"{"x" * 64}"'
+    with files_up_to(size), pytest.raises(MdlError, match="cannot be written") as caught:
+        download.download(f"{server.url}/a.bin")
+    assert str(caught.value.where).endswith("a.bin.part")
+    assert download.download(f"{server.url}/a.bin").stat().st_size == 100_000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import http.server
 import os
 import re
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import ViTConfig, ViTForImageClassification
 
@@ -21,6 +23,7 @@ from mdltool.backbones.image_transformer import VitTiny
 from mdltool.errors import MdlError
 from mdltool.stages.fetch import fetch
 from mdltool.stages.weights import import_weights
+from mdltool.train import checkpoint
 from tests.conftest import Ran
 from tests.file_server import Server, own_world, server, sha
 
@@ -211,6 +214,34 @@ def test_hub_cache_of_another_content(hub: Server, tmp_path: Path) -> None:
     hub.files[key] = hub.files[key][:-1] + b"\x7f"
     with pytest.raises(MdlError, match="is expected"):
         fetch("vit_tiny", tmp_path / "made", tag="in21k")
+
+
+def test_a_full_cache_of_the_hub_is_named(hub: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", full)
+    with pytest.raises(MdlError, match="cannot be written") as caught:
+        fetch("vit_tiny", tmp_path / "made", tag="in21k")
+    assert "hub" in str(caught.value.where)
+
+
+def test_what_an_import_cannot_write_is_not_left(
+    weights: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "X3D.pyth").write_bytes(weights)
+
+    def full(_: object, path: Path, metadata: object) -> None:
+        path.write_bytes(b"some")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        import_weights("x3d_tiny", tmp_path / "X3D.pyth", tmp_path / "made", tag="k400")
+    assert str(caught.value.filename).startswith(str(tmp_path / "made"))
+    assert [path.name for path in tmp_path.iterdir()] == ["X3D.pyth"]
 
 
 def test_hf_home(hub: Server, tmp_path: Path) -> None:

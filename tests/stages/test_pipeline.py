@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -78,6 +79,18 @@ def test_eval_scores_every_clip_once(
         assert entry["metrics"]["top1"] == pytest.approx(sum(correct) / len(correct))
         assert all(sum(row[f"score_{i}"] for i in range(8)) == pytest.approx(1, abs=1e-5) for row in rows)
         assert {"split_digest", "decoder", "precision", "distinct_views"} <= set(entry)
+
+
+def test_damaged_weights_leave_nothing_behind(
+    model: Path, world: World, mdltool: Callable[..., Ran], tmp_path: Path
+) -> None:
+    cut = tmp_path / "cut"
+    shutil.copytree(model, cut)
+    with open(cut / "weights" / "last.safetensors", "r+b") as handle:
+        handle.truncate(1000)
+    ran = mdltool("eval", cut, "--work", world.work, "--out", tmp_path / "e")
+    assert (ran.code, "cannot be read" in ran.err) == (1, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["cut"]
 
 
 def test_two_processes_give_the_scores_of_one(
@@ -275,6 +288,7 @@ def test_an_interrupted_run_is_named_by_the_next_stage_and_by_train(
         ran = mdltool(*words)
         assert ran.code == 1
         assert "--resume" in ran.err
+    assert f"rm -r {out}.partial" in ran.err
     assert mdltool(*world.train_words(), "--out", out, "--resume").path == out
 
 
