@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.util
 import os
 import re
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -55,10 +56,11 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of every error.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of every error; goes anywhere in the line.")
+    ] = False,
 ) -> None:
-    if debug:
-        os.environ["MDLTOOL_DEBUG"] = "1"
+    """`main` takes --debug out of the line before."""
 
 
 for _name in COMMANDS:
@@ -68,18 +70,11 @@ for _name in COMMANDS:
 
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 the user can fix it, 2 usage, 70 our defect, 75 stopped."""
-    debug = "--debug" in sys.argv
+    words, debug = _without_debug(sys.argv[1:])
     # Before torch loads its OpenMP: threads that spin while they wait take the cores that decode the next batch.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        app()
-    except MdlError as error:
-        if debug:
-            raise
-        if isinstance(error, Elsewhere):
-            sys.exit(1)
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        app(words)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         _leave_processes()
@@ -97,37 +92,64 @@ def main() -> None:
         # the reader went away (| head); there is nobody to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except OSError as error:
+    except Exception as error:
+        fault = _for_the_user(error)
+        if fault is None:
+            _report_defect()
         if debug:
             raise
-        _operating_system_error(error)
-    except Exception as error:
-        # Libraries written in Rust (safetensors) raise errors of their own for what the system refused.
-        refused = re.search(r"\(os error (\d+)\)", str(error))
-        if refused and not debug:
-            _operating_system_error(OSError(int(refused[1]), os.strerror(int(refused[1]))))
-        # What a collective says when a process at its other end is gone.
-        if (
-            os.environ.get("WORLD_SIZE", "1") != "1"
-            and any(w in str(error) for w in ("gloo", "NCCL"))
-            and not debug
-        ):
-            fix = "it says why, unless it was killed; checkpoints are kept: --resume"
-            print(f"error: {MdlError('another process has ended', None, fix)}", file=sys.stderr)
-            sys.exit(1)
-        # torch raises this wherever the main thread is when a process that reads clips dies.
-        if "DataLoader worker" in str(error) and not debug:
-            fix = "it may have run out of memory: start again with fewer --workers"
-            print(f"error: {MdlError('a process that reads clips has ended', str(error), fix)}", file=sys.stderr)
-            sys.exit(1)
-        import traceback
+        if not isinstance(fault, Elsewhere):
+            print(f"error: {fault}", file=sys.stderr)
+        sys.exit(1)
 
-        traceback.print_exc()
-        print(
-            f"\nThis is a defect of mdltool {__version__}. Please report it with the lines above.",
-            file=sys.stderr,
-        )
-        sys.exit(70)
+
+def _without_debug(words: list[str]) -> tuple[list[str], bool]:
+    """(the line without its --debug, whether it had one). What follows -- is no option."""
+    end = words.index("--") if "--" in words else len(words)
+    options = [word for word in words[:end] if word != "--debug"]
+    return [*options, *words[end:]], len(options) < end
+
+
+def _for_the_user(error: Exception) -> MdlError | None:
+    """The message of what no defect is, but the system, another process or a reader of clips; None: a defect."""
+    if isinstance(error, MdlError):
+        return error
+    if isinstance(error, OSError):
+        return _refusal(error)
+    text = str(error)
+    # Libraries written in Rust (safetensors) raise errors of their own for what the system refused.
+    if refused := re.search(r"\(os error (\d+)\)", text):
+        return _refusal(OSError(int(refused[1]), os.strerror(int(refused[1]))))
+    # What a collective says when a process at its other end is gone.
+    if os.environ.get("WORLD_SIZE", "1") != "1" and any(word in text for word in ("gloo", "NCCL")):
+        fix = "it says why, unless it was killed; checkpoints are kept: --resume"
+        return MdlError("another process has ended", None, fix)
+    # torch raises this wherever the main thread is when a process that reads clips dies.
+    if "DataLoader worker" in text:
+        fix = "it may have run out of memory: start again with fewer --workers"
+        return MdlError("a process that reads clips has ended", text, fix)
+    return None
+
+
+def _refusal(error: OSError) -> MdlError:
+    """What the system refused, and what helps."""
+    fixes = {
+        errno.ENOSPC: "free some space, then run the same command again, a training with --resume"
+        ": finished work is kept",
+        errno.EDQUOT: "your quota is used up: free some space, then run the same command again",
+        errno.EACCES: "check the permissions, or give another --out",
+        errno.EROFS: "this file system is read-only: give another --out",
+        errno.ENAMETOOLONG: "give a shorter --out",
+    }
+    return MdlError(error.strerror or str(error), error.filename, fixes.get(error.errno or 0, "check the path"))
+
+
+def _report_defect() -> NoReturn:
+    import traceback
+
+    traceback.print_exc()
+    print(f"\nThis is a defect of mdltool {__version__}. Please report it with the lines above.", file=sys.stderr)
+    sys.exit(70)
 
 
 def _leave_processes() -> None:
@@ -136,21 +158,6 @@ def _leave_processes() -> None:
         from mdltool.train.distributed import leave_world
 
         leave_world()
-
-
-def _operating_system_error(error: OSError) -> None:
-    import errno
-
-    fixes = {
-        errno.ENOSPC: "free some space, then run the same command again: finished work is kept",
-        errno.EDQUOT: "your quota is used up: free some space, then run the same command again",
-        errno.EACCES: "check the permissions, or give another --out",
-        errno.EROFS: "this file system is read-only: give another --out",
-        errno.ENAMETOOLONG: "give a shorter --out",
-    }
-    fix = fixes.get(error.errno or 0, "check the path")
-    print(f"error: {MdlError(error.strerror or str(error), error.filename, fix)}", file=sys.stderr)
-    sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from mdltool import console
 from mdltool.cli.main import COMMANDS, app
+from mdltool.errors import MdlError
 from tests.conftest import Ran, World
 
 MDLTOOL = [sys.executable, "-m", "mdltool"]
@@ -148,6 +149,17 @@ def test_defects_exit_with_70_and_a_traceback(mdltool: Callable[..., Ran], monke
     assert ran.code == 70
     assert "ZeroDivisionError" in ran.err
     assert "defect of mdltool" in ran.err
+
+
+@pytest.mark.parametrize("words", [("--debug", "describe", "tiny_dmo"), ("describe", "tiny_dmo", "--debug")])
+def test_debug_goes_anywhere(words: tuple[str, ...], mdltool: Callable[..., Ran]) -> None:
+    with pytest.raises(MdlError, match="no recipe 'tiny_dmo'"):  # which Python prints with its traceback
+        mdltool(*words)
+
+
+def test_debug_may_be_an_argument(mdltool: Callable[..., Ran]) -> None:
+    ran = mdltool("recipe", "show", "--", "--debug")
+    assert (ran.code, "no recipe '--debug'" in ran.err) == (1, True)
 
 
 def test_a_full_disk_is_a_message(mdltool: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
