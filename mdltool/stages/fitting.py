@@ -13,7 +13,7 @@ from mdltool import console
 from mdltool.artifact import Artifact
 from mdltool.data.index import ShardIndex
 from mdltool.data.loader import Stream, TrainLoader, ViewLoader
-from mdltool.data.order import Order
+from mdltool.data.order import Order, Share
 from mdltool.errors import MdlError
 from mdltool.evaluate.scores import DomainScores, score_domain, tensors_of
 from mdltool.losses.multitrain import MultitrainLoss
@@ -37,7 +37,7 @@ from mdltool.train.log import make_accelerator
 from mdltool.train.loop import Trainer
 from mdltool.train.objective import MultitrainObjective, Objective, Smoothing, TaskObjective
 from mdltool.train.optim import OptimizerSpec, ScheduleSpec
-from mdltool.train.plan import Headline, Progress, RunParts, StepSpec, TrainSpec, Validate
+from mdltool.train.plan import Headline, Loader, Progress, RunParts, StepSpec, TrainSpec, Validate
 
 
 @dataclass(frozen=True)
@@ -191,26 +191,12 @@ def fit(
     order = order_of(recipe, {name: len(data[name].train_index) for name in recipe.domains})
     spec = train_spec(recipe, model.spec.bn, order, {name: part.clips for name, part in data.items()})
     spec = _for_one(spec, only) if only is not None else spec
-    share = share_of(recipe, world.rank, world.size)
     classes = {name: data[name].train_index.classes for name in recipe.domains}
     objective = objective_of(recipe, model.backbone.feature_dim, classes, world, order)
-
-    def loader(start_update: int) -> TrainLoader:
-        return TrainLoader(
-            [
-                Stream(data[name].train_index, sampling(recipe, name), train_transform(recipe, name))
-                for name in recipe.domains
-            ],
-            order,
-            seed=recipe.train.seed,
-            workers=workers,
-            updates=range(start_update, spec.total_updates),
-            share=share,
-        )
-
+    share = share_of(recipe, world.rank, world.size)
     accelerator = make_accelerator(recipe.train.precision, folder, world)
     parts = RunParts(
-        loader=loader,
+        loader=_loader(recipe, data, order, share, spec.total_updates, workers),
         validate=_validator(recipe, data, workers, world, accelerator.autocast),
         stored=lambda trained: stored_tensors(trained, own_backbone),
         accelerator=accelerator,
@@ -230,6 +216,22 @@ def fit(
     if world.is_main and any(True for _ in objective.parameters()):
         save_tensors(folder / "weights" / "training.safetensors", objective.state_dict())
     return progress
+
+
+def _loader(
+    recipe: Recipe, data: Mapping[str, DomainData], order: Order, share: Share, updates: int, workers: int
+) -> Loader:
+    streams = [
+        Stream(data[name].train_index, sampling(recipe, name), train_transform(recipe, name))
+        for name in recipe.domains
+    ]
+
+    def loader(start: int) -> TrainLoader:
+        return TrainLoader(
+            streams, order, seed=recipe.train.seed, workers=workers, updates=range(start, updates), share=share
+        )
+
+    return loader
 
 
 def _say_epoch(data: Mapping[str, DomainData], order: Order, spec: TrainSpec) -> None:
