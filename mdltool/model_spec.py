@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
+from torch import nn
 
 from mdltool.adapters import ADAPTERS
 from mdltool.adapters.base import AdapterOptions, AnyAdapter
@@ -15,6 +16,7 @@ from mdltool.backbones import BACKBONES
 from mdltool.backbones.base import Backbone, some
 from mdltool.errors import MdlError
 from mdltool.types import Place, Site
+from mdltool.wrapping import find, replace
 
 REGIMES = ("frozen", "joint", "heads", "full", "adapters")
 
@@ -29,10 +31,32 @@ class AdapterSpec:
 
 
 @dataclass(frozen=True)
+class FusedSpec:
+    """How the backbone of a fused model differs from the library's.
+
+    domain: whose adapters its weights hold. biases: layers that gained a bias. norms: BatchNorms that went into the
+    convolution before them. Both are paths in the library's network.
+    """
+
+    domain: str
+    biases: list[str] = field(default_factory=list)
+    norms: list[str] = field(default_factory=list)
+
+    def reshape(self, net: nn.Module) -> None:
+        """Give the library's network these biases, of zeros, and take these BatchNorms away."""
+        for path in self.biases:
+            layer: Any = find(net, path)
+            layer.bias = nn.Parameter(layer.weight.new_zeros(len(layer.weight)))
+        for path in self.norms:
+            replace(net, path, nn.Identity())
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """Everything that decides a model's shape, as plain values; stored with the weights and enough to rebuild it.
 
-    domains: name -> number of head outputs. bn: how the backbone's BatchNorms treat domains.
+    domains: name -> number of head outputs. bn: how the backbone's BatchNorms treat domains. fused: of a fused
+    model, which has one domain and no adapters.
     """
 
     backbone: str
@@ -48,6 +72,7 @@ class ModelSpec:
     head: str = "linear"
     head_hidden: int = 2048
     logit_dropout: bool = False
+    fused: FusedSpec | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -55,7 +80,8 @@ class ModelSpec:
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> ModelSpec:
         adapters = [AdapterSpec(**entry) for entry in value["adapters"]]
-        return ModelSpec(**{**value, "adapters": adapters})
+        fused = FusedSpec(**value["fused"]) if value.get("fused") is not None else None
+        return ModelSpec(**{**value, "adapters": adapters, "fused": fused})
 
 
 def method_of(entry: AdapterSpec) -> tuple[type[AnyAdapter], AdapterOptions]:
@@ -72,10 +98,13 @@ def spec_with_defaults(spec: ModelSpec) -> ModelSpec:
 
 
 def build_backbone(spec: ModelSpec) -> Backbone:
-    """The bare backbone of a spec, with random weights."""
+    """The bare backbone of a spec, with random weights; as fusing left it where the spec is of a fused model."""
     factory = BACKBONES.load(spec.backbone, "backbone.name")
     options = parse_options(factory.Options, spec.backbone_options, f"backbone ({spec.backbone})")
-    return factory(options, spec.num_frames, spec.crop)
+    backbone = factory(options, spec.num_frames, spec.crop)
+    if spec.fused is not None:
+        spec.fused.reshape(backbone.net)
+    return backbone
 
 
 def check_adapters(spec: ModelSpec) -> None:

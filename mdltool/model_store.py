@@ -89,6 +89,17 @@ def load_model(artifact: Artifact, weights: str = "last", work: Path | None = No
     return model.eval()
 
 
+def refuse_fused(content: Mapping[str, Any], where: object) -> None:
+    """Raise MdlError for the model.json of a fused model, whose adapters are in its weights."""
+    fused = content["spec"].get("fused")
+    if fused is not None:
+        raise MdlError(
+            f"this model is fused for '{fused['domain']}': its adapters are part of its weights",
+            where,
+            "take the model that it was made from, or undo it: mdltool fuse MODEL --undo",
+        )
+
+
 def extended(model: MultiDomainModel, domain: str, outputs: int, start_from: str | None = None) -> MultiDomainModel:
     """The model with one more domain; every old tensor is the same. start_from: the domain whose adapters and
     BatchNorm statistics the new one's begin as, instead of fresh ones and the backbone's own.

@@ -29,10 +29,18 @@ class AdapterOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class NotFoldable(Exception):
+    """An adapter that no weight of its site's layer can hold; its text is the reason."""
+
+
 class AnyAdapter(nn.Module, ABC):
-    """A small module for one site and one domain, made by `method(site, options)`."""
+    """A small module for one site and one domain, made by `method(site, options)`.
+
+    unfoldable: why no weight can hold it, for methods that `added` and `folded` are not written for.
+    """
 
     kinds: ClassVar[frozenset[str]]
+    unfoldable: ClassVar[str]
     Options: ClassVar[type[AdapterOptions]] = AdapterOptions
 
     @abstractmethod
@@ -48,6 +56,20 @@ class AnyAdapter(nn.Module, ABC):
     def shared(cls, site: Site, options: AdapterOptions) -> nn.Module | None:
         """What all domains share at a site, applied after the adapter; None where the method has nothing."""
         return None
+
+    def added(self, layer: nn.Module) -> Tensor:
+        """What an adapter beside its site's layer adds to the layer's weight in eval mode, in the weight's shape.
+
+        Raises NotFoldable for an adapter that is no such sum.
+        """
+        raise NotFoldable(self.unfoldable)
+
+    def folded(self, layer: Any) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of one layer that is the site's `layer` with this adapter, in eval mode (spec
+        residual_adapters 2.3). Raises NotFoldable where there is none.
+        """
+        added = self.added(layer)
+        return layer.weight + added, layer.bias
 
 
 class Adapter(AnyAdapter):

@@ -34,6 +34,7 @@ class ClassTokenShift(TokenAdapter):
 
     kinds = frozenset({"block"})
     Options = ShiftOptions
+    unfoldable = "it moves channels between the class tokens of frames"
 
     def __init__(self, site: Site, options: ShiftOptions) -> None:
         super().__init__(site, options)

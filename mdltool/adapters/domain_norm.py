@@ -14,6 +14,16 @@ BatchNorm = nn.BatchNorm2d | nn.BatchNorm3d
 BATCH_NORMS = (nn.BatchNorm2d, nn.BatchNorm3d)
 
 
+def affine_of(norm: BatchNorm) -> tuple[Tensor, Tensor]:
+    """What a BatchNorm in eval mode multiplies with and adds, [C] each."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = (norm.running_var + norm.eps).rsqrt()
+    if not norm.affine:
+        return scale, -norm.running_mean * scale
+    return norm.weight * scale, norm.bias - norm.running_mean * norm.weight * scale
+
+
 class DomainStatistics(nn.Module):
     """One domain's running statistics, and with `affine` its weight and bias, copied from the shared layer."""
 
@@ -88,6 +98,12 @@ class DomainBatchNorm(DomainWrapper):
 
     def fresh(self) -> nn.Module:
         return DomainStatistics(self.inner, self.affine)
+
+    @torch.no_grad()
+    def become(self, domain: str) -> None:
+        """Give the backbone's own layer one domain's statistics and, where they are per domain, its weights."""
+        for name, tensor in [*self.statistics[domain].named_parameters(), *self.statistics[domain].named_buffers()]:
+            getattr(self.inner, name).copy_(tensor)
 
 
 def attach_domain_norms(

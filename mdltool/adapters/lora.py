@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mdltool.adapters.base import Adapter, Inner, TokenAdapter, TokenOptions
+from mdltool.adapters.base import Adapter, Inner, NotFoldable, TokenAdapter, TokenOptions
 from mdltool.types import Place, Site
 
 _PARTS = ("q", "k", "v")
@@ -43,6 +43,14 @@ class LoraAdapter(Adapter):
     def takes(cls, place: Place, options: Any) -> bool:
         inside = TokenAdapter.in_layers(place, options)
         return inside and place.kind == "linear" and (place.role == "qkv" or place.role in options.targets)
+
+    def added(self, layer: nn.Module) -> Tensor:
+        if not isinstance(layer, nn.Linear):
+            raise NotFoldable("its layer is not linear")
+        parts = list(torch.zeros_like(layer.weight).chunk(self._parts))
+        for target, down, up in zip(self._targets, self.down, self.up, strict=True):
+            parts[target] = self._scale * up @ down
+        return torch.cat(parts)
 
     def forward(self, inner: Inner, x: Tensor) -> Tensor:
         y = inner(x)

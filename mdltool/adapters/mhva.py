@@ -49,6 +49,7 @@ class MhvaAdapter(TokenAdapter):
 
     kinds = frozenset({"mlp", "attention"})
     Options = MhvaOptions
+    unfoldable = "a ReLU stands between its two projections"
 
     def __init__(self, site: Site, options: MhvaOptions) -> None:
         super().__init__(site, options)

@@ -63,6 +63,7 @@ class MstAdapter(TokenAdapter):
 
     kinds = frozenset({"block"})
     Options = MstOptions
+    unfoldable = "it convolves the tokens, which no weight of a block does"
 
     def __init__(self, site: Site, options: MstOptions) -> None:
         super().__init__(site, options)

@@ -34,6 +34,7 @@ class PrefixAdapter(TokenAdapter):
 
     kinds = frozenset({"attention"})
     Options = PrefixOptions
+    unfoldable = "its tokens join the keys and values of the attention"
 
     def __init__(self, site: Site, options: PrefixOptions) -> None:
         super().__init__(site, options)

@@ -4,6 +4,7 @@ residual_adapters 2.2).
 Each domain's own BatchNorm after the convolution is the model's `bn: per_domain`. With `init: zero` the output at
 step 0 is the bare backbone's; the paper's `he` does not start there. Under that BatchNorm in training mode, without
 dropout, the bias of the series form's inner norm only adds a constant to each channel: its gradient is zero.
+Shape suffixes: G groups of the convolution, R output channels of a group.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 
-from mdltool.adapters.base import Adapter, AdapterOptions, Inner
+from mdltool.adapters.base import Adapter, AdapterOptions, Inner, NotFoldable
+from mdltool.adapters.domain_norm import affine_of
 from mdltool.errors import MdlError
 from mdltool.types import Place, Site
 
@@ -68,6 +71,7 @@ class ResidualAdapter(Adapter):
         assert site.shape is not None, "a convolution's site has its shape"
         outputs = site.shape.out_channels
         groups = site.shape.groups if options.grouped == "diagonal" else 1
+        self._groups = groups
         form: Any = _of(site, nn.Conv2d, nn.Conv3d)
         self.matrix = form(inputs, outputs, 1, stride, groups=groups, bias=False)
         std = {"he": math.sqrt(2 / outputs), "zero": 0.0, "small": 1e-3}[options.init]
@@ -78,6 +82,10 @@ class ResidualAdapter(Adapter):
     @classmethod
     def takes(cls, place: Place, options: Any) -> bool:
         return place.kind in cls.kinds and _chosen(place, options) and _placed(place, options)
+
+    def _check_groups(self, layer: Any) -> None:
+        if layer.groups != self._groups:
+            raise NotFoldable("its matrix is dense, the convolution has groups (grouped: diagonal can be folded)")
 
 
 class ParallelAdapter(ResidualAdapter):
@@ -93,6 +101,16 @@ class ParallelAdapter(ResidualAdapter):
                 f"site '{site.name}'",
                 "choose convolutions with odd kernels, or type: series",
             )
+
+    def added(self, layer: Any) -> Tensor:
+        self._check_groups(layer)
+        centre = tuple(side // 2 for side in layer.kernel_size)
+        reached = tuple(step * side for step, side in zip(layer.dilation, centre, strict=True))
+        if layer.padding not in (reached, "same"):
+            raise NotFoldable("the convolution is not padded by half its kernel, so its centre tap reads elsewhere")
+        added = torch.zeros_like(layer.weight)
+        added[(..., *centre)] = self.matrix.weight.flatten(1)
+        return added
 
     def forward(self, inner: Inner, x: Tensor) -> Tensor:
         y = inner(x)
@@ -113,12 +131,30 @@ class SeriesAdapter(ResidualAdapter):
     """
 
     Options = SeriesOptions
+    unfoldable = "I + a, which the convolution is multiplied with, need not have an inverse"
 
     def __init__(self, site: Site, options: SeriesOptions) -> None:
         assert site.shape is not None
         super().__init__(site, options, site.shape.out_channels, 1)
         norm: Any = _of(site, nn.BatchNorm2d, nn.BatchNorm3d)
         self.norm: nn.Module = norm(site.shape.out_channels) if options.pre_bn else nn.Identity()
+
+    def folded(self, layer: Any) -> tuple[Tensor, Tensor | None]:
+        """With BN(z) = s z + t: (I + a diag(s)) f, and the bias (I + a diag(s)) b + a t."""
+        self._check_groups(layer)
+        grouped = (self._groups, -1)
+        a_GRR = self.matrix.weight.flatten(1).unflatten(0, grouped)
+        filters = layer.weight.flatten(1).unflatten(0, grouped)
+        mixed, bias = a_GRR, None
+        if isinstance(self.norm, nn.BatchNorm2d | nn.BatchNorm3d):
+            scale_GR, shift_GR = (part.unflatten(0, grouped) for part in affine_of(self.norm))
+            mixed = a_GRR * scale_GR[:, None]
+            bias = (a_GRR @ shift_GR[..., None]).flatten()
+        mixed = mixed + torch.eye(a_GRR.shape[-1]).to(a_GRR)
+        if layer.bias is not None:
+            own = (mixed @ layer.bias.unflatten(0, grouped)[..., None]).flatten()
+            bias = own if bias is None else own + bias
+        return (mixed @ filters).view_as(layer.weight), bias
 
     def forward(self, inner: Inner, x: Tensor) -> Tensor:
         z = inner(x)

@@ -28,6 +28,7 @@ class StAdapter(TokenAdapter):
 
     kinds = frozenset({"block"})
     Options = StOptions
+    unfoldable = "it convolves the tokens, which no weight of a block does"
 
     def __init__(self, site: Site, options: StOptions) -> None:
         super().__init__(site, options)

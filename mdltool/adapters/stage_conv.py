@@ -49,6 +49,7 @@ class StageConvAdapter(Adapter):
 
     kinds = frozenset({"stage"})
     Options = StageConvOptions
+    unfoldable = "it is layers of its own behind a stage: a convolution, a BatchNorm and an activation"
 
     def __init__(self, site: Site, options: StageConvOptions) -> None:
         super().__init__(site, options)

@@ -28,6 +28,7 @@ COMMANDS = (
     "train",
     "add_domain",
     "model",
+    "fuse",
     "evaluate",
     "predict",
     "report",

@@ -15,7 +15,15 @@ from mdltool.data.index import ShardIndex
 from mdltool.errors import MdlError
 from mdltool.files import write_text
 from mdltool.model import MultiDomainModel
-from mdltool.model_store import extended, find_backbone, load_model, seeded, stored_tensors, write_model_json
+from mdltool.model_store import (
+    extended,
+    find_backbone,
+    load_model,
+    refuse_fused,
+    seeded,
+    stored_tensors,
+    write_model_json,
+)
 from mdltool.overrides import apply_override
 from mdltool.recipe import validate
 from mdltool.registry import did_you_mean
@@ -50,6 +58,7 @@ def run(
     model has, and for a start_from that it has not.
     """
     content = source.load_json("model.json")
+    refuse_fused(content, source.path)
     _check(content, domain, start_from)
     shards = list(shards)
     recipe = _recipe_for(content["recipe"], domain, _task(shards), overrides, source)

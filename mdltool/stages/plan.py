@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from mdltool.data.augment import EraseSpec, RandAugmentSpec
 from mdltool.data.mixing import MixSpec
@@ -182,3 +183,15 @@ def val_views(recipe: Recipe, domain: str) -> ViewSpec:
         rounding=recipe.views.crop_round,
         seed=recipe.train.seed,
     )
+
+
+def without_domain(recipe: Mapping[str, Any], domain: str) -> dict[str, Any]:
+    """A recipe, as stored with a model, without a domain and whatever it says by that domain."""
+
+    def less(part: Any) -> Any:
+        return {name: value for name, value in part.items() if name != domain} if isinstance(part, dict) else part
+
+    data = {**recipe["data"], "batch": less(recipe["data"]["batch"])}
+    if (proportions := data.get("proportions")) is not None:
+        data["proportions"] = {key: less(value) for key, value in proportions.items()}
+    return {**recipe, "domains": less(recipe["domains"]), "data": data}

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from mdltool.artifact import Artifact, begin
 from mdltool.errors import MdlError
 from mdltool.files import write_text
-from mdltool.model_store import WEIGHTS, find_backbone, load_model, reduced, stored_tensors, write_model_json
+from mdltool.model_store import (
+    WEIGHTS,
+    find_backbone,
+    load_model,
+    reduced,
+    refuse_fused,
+    stored_tensors,
+    write_model_json,
+)
 from mdltool.registry import did_you_mean
+from mdltool.stages.plan import without_domain
 from mdltool.train.checkpoint import save_tensors
 
 
 def run(source: Artifact, domain: str, out: Path, *, work: Path) -> Artifact:
     """Write the model without `domain`. Raises MdlError for an unknown domain, and for the only one."""
     content = source.load_json("model.json")
+    refuse_fused(content, source.path)
     domains = {name: tuple(entry["classes"]) for name, entry in content["domains"].items()}
     if domain not in domains:
         raise MdlError(f"the model has no domain '{domain}'", source.path, did_you_mean(domain, domains))
@@ -29,7 +38,7 @@ def run(source: Artifact, domain: str, out: Path, *, work: Path) -> Artifact:
     if isinstance(draft, Artifact):
         return draft
     kept = {name: classes for name, classes in domains.items() if name != domain}
-    recipe = _without(content["recipe"], domain)
+    recipe = without_domain(content["recipe"], domain)
     with draft:
         for weights in [name for name in WEIGHTS if f"weights/{name}.safetensors" in source.files]:
             model = reduced(load_model(source, weights, work), domain)
@@ -42,15 +51,3 @@ def run(source: Artifact, domain: str, out: Path, *, work: Path) -> Artifact:
             "domains": {n: {"classes": len(c)} for n, c in kept.items()},
         }
         return draft.commit(summary)
-
-
-def _without(recipe: dict[str, Any], domain: str) -> dict[str, Any]:
-    """The recipe, and whatever in it is said by domain."""
-
-    def less(part: Any) -> Any:
-        return {name: value for name, value in part.items() if name != domain} if isinstance(part, dict) else part
-
-    data = {**recipe["data"], "batch": less(recipe["data"]["batch"])}
-    if (proportions := data.get("proportions")) is not None:
-        data["proportions"] = {key: less(value) for key, value in proportions.items()}
-    return {**recipe, "domains": less(recipe["domains"]), "data": data}

@@ -1,0 +1,245 @@
+"""`fuse`: one domain's adapters folded into the backbone's weights; `fuse --undo` takes it back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from mdltool.artifact import Artifact, Draft, begin
+from mdltool.compress.fusing import check_foldable, digest_of_tensors, fused, is_sum, layer_of, subtract
+from mdltool.errors import MdlError
+from mdltool.files import write_text
+from mdltool.model import MultiDomainModel, build_model
+from mdltool.model_spec import ModelSpec
+from mdltool.model_store import (
+    WEIGHTS,
+    find_backbone,
+    load_model,
+    read_tensors,
+    refuse_fused,
+    stored_tensors,
+    write_model_json,
+)
+from mdltool.registry import did_you_mean
+from mdltool.stages.plan import without_domain
+from mdltool.train.checkpoint import save_tensors
+
+ORIGINAL = "original"  # the folder with what --undo needs
+REACH = 1e-4  # of the largest difference of logits, relative to the largest logit
+
+
+def run(
+    source: Artifact,
+    domain: str | None,
+    out: Path,
+    *,
+    work: Path,
+    fold_bn: bool = False,
+    keep_original: bool = True,
+) -> Artifact:
+    """Write the model of one domain without adapters; every weights file of the source is fused.
+
+    domain may be left out for a model of one domain. fold_bn: BatchNorms go into the convolution before them.
+    keep_original: keep the source's files, so that `undo` gives back their bytes. Raises MdlError for a fused
+    model, an unknown domain, adapters that no weight can hold, and logits that differ by more than REACH.
+    """
+    content = source.load_json("model.json")
+    refuse_fused(content, source.path)
+    domain = _chosen(content["domains"], domain, source)
+    own = bool(content["own_backbone"])
+    inputs = [source.as_input("model")] + ([] if own else [find_backbone(source, work).as_input("backbone")])
+    request = {"domain": domain, "fold_bn": fold_bn, "keep_original": keep_original}
+    draft = begin(out, kind="model", stage="fuse", inputs=inputs, request=request)
+    if isinstance(draft, Artifact):
+        return draft
+    try:
+        if keep_original:
+            _copy(source, [name for name, entry in source.files.items() if not entry.get("volatile")], draft, "")
+        parity = {}
+        for weights in _weights(source.files):
+            model = load_model(source, weights, work)
+            _check(model, domain, fold_bn, source)
+            before = model.spec
+            if not keep_original:
+                _keep_domain(model, domain, fold_bn, own, draft.path / ORIGINAL / _file(weights))
+            model, parity[weights] = _fuse(model, domain, fold_bn, draft.path / _file(weights))
+    except MdlError:
+        draft.abandon()
+        raise
+    recipe, classes = content["recipe"], {domain: tuple(content["domains"][domain]["classes"])}
+    for other in [name for name in content["domains"] if name != domain]:
+        recipe = without_domain(recipe, other)
+    write_model_json(draft.path, model.spec, recipe, classes, True, model.parameter_counts())
+    write_text(draft.path / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
+    if not keep_original and (draft.path / ORIGINAL).is_dir():
+        _describe_domain(draft.path / ORIGINAL, before, domain, recipe, classes, own)
+    summary = {
+        "recipe": recipe["name"],
+        "fused": f"domain {domain}",
+        "domains": {domain: {"classes": len(classes[domain])}},
+        "difference": parity,
+        "undo": _how_undone(draft.path / ORIGINAL, keep_original, own),
+    }
+    return draft.commit(summary)
+
+
+def undo(source: Artifact, out: Path) -> Artifact:
+    """Write the model that a fused one was made from.
+
+    Its files are the same bytes, all domains included. Without the originals it is the fused domain alone: by
+    subtraction where the backbone was trained, exact where it is named by its digest. Raises MdlError for a model
+    that is not fused, was changed, or was fused without what is needed.
+    """
+    content = source.load_json("model.json")
+    if content["spec"].get("fused") is None:
+        raise MdlError("this model is not fused", source.path, "give one that `mdltool fuse` made")
+    kept = [name for name in source.files if name.startswith(f"{ORIGINAL}/")]
+    if not kept:
+        raise MdlError(
+            "this model was fused with --no-keep-original, and what was folded into it cannot be subtracted",
+            source.path,
+            f"take the model that it was made from: {source.inputs[0].path}",
+        )
+    inputs = [source.as_input("model"), *(entry for entry in source.inputs if entry.role == "backbone")]
+    draft = begin(out, kind="model", stage="fuse --undo", inputs=inputs, request={})
+    if isinstance(draft, Artifact):
+        return draft
+    try:
+        _copy(source, kept, draft, ORIGINAL)
+        before = source.load_json(f"{ORIGINAL}/model.json")
+        if before["own_backbone"] and not source.request["keep_original"]:
+            for weights in _weights(source.files):
+                restored = _subtracted(source, ModelSpec.from_json(before["spec"]), weights)
+                save_tensors(draft.path / _file(weights), restored)
+    except MdlError:
+        draft.abandon()
+        raise
+    domains = {name: {"classes": len(entry["classes"])} for name, entry in before["domains"].items()}
+    return draft.commit({"recipe": before["recipe"]["name"], "undone": source.name, "domains": domains})
+
+
+def _chosen(domains: Mapping[str, Any], domain: str | None, source: Artifact) -> str:
+    if domain is None and len(domains) == 1:
+        return next(iter(domains))
+    if domain is None:
+        raise MdlError(
+            "the model has several domains; a fused one has one", source.path, f"--domain {' or '.join(domains)}"
+        )
+    if domain not in domains:
+        raise MdlError(f"the model has no domain '{domain}'", source.path, did_you_mean(domain, domains))
+    return domain
+
+
+def _weights(files: Mapping[str, Any]) -> list[str]:
+    return [name for name in WEIGHTS if _file(name) in files]
+
+
+def _file(weights: str) -> str:
+    return f"weights/{weights}.safetensors"
+
+
+def _copy(source: Artifact, names: list[str], draft: Draft, folder: str) -> None:
+    """Copy files of an artifact, from its folder `folder` to the draft's other one. Raises for damaged ones."""
+    faults = source.verify(names)
+    if faults:
+        raise MdlError(f"the model's files were changed ({'; '.join(faults[:3])})", source.path, "make it again")
+    for name in names:
+        target = draft.path / (name.removeprefix(f"{folder}/") if folder else f"{ORIGINAL}/{name}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source.file(name), target)
+
+
+def _check(model: MultiDomainModel, domain: str, fold_bn: bool, source: Artifact) -> None:
+    if not (model.sites or model.norms or fold_bn):
+        raise MdlError(
+            "this model has neither adapters nor BatchNorms by domain: there is nothing to fuse",
+            source.path,
+            "--fold-bn folds its BatchNorms",
+        )
+    check_foldable(model, domain, source.path)
+
+
+def _fuse(model: MultiDomainModel, domain: str, fold_bn: bool, path: Path) -> tuple[MultiDomainModel, float]:
+    """Fuse and store one set of weights. Returns the fused model and how far its logits are off."""
+    header = {"domain": domain, "base": _base_digest(model), "adapters": _adapter_digest(model, domain)}
+    shape = (2, 3, model.spec.num_frames, model.spec.crop, model.spec.crop)
+    clips_BCTHW = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected_BN = model(clips_BCTHW, domain)
+    model = fused(model, domain, fold_bn)
+    with torch.inference_mode():
+        difference = float((model(clips_BCTHW, domain) - expected_BN).abs().max() / expected_BN.abs().max())
+    if not difference <= REACH:  # NaN too
+        raise MdlError(
+            f"the fused model's logits differ by {difference:.1e} of the largest, more than {REACH:g}",
+            path.name,
+            "without --fold-bn it is closer" if fold_bn else "report it: folding these adapters is exact",
+        )
+    save_tensors(path, stored_tensors(model, True), {"fused": json.dumps(header)})
+    return model, difference
+
+
+def _base_digest(model: MultiDomainModel) -> str:
+    """sha256 of the weights that adapters are folded into, as they are before."""
+    return digest_of_tensors({name: layer_of(site).weight for name, site in model.sites.items()})
+
+
+def _adapter_digest(model: MultiDomainModel, domain: str) -> str:
+    """sha256 of the domain's adapters and of what domains share at their sites."""
+    tensors = {
+        key: value for key, value in model.tensors(False).items() if key.startswith((f"{domain}/", "shared/"))
+    }
+    return digest_of_tensors(
+        {key: value for key, value in tensors.items() if not key.startswith(f"{domain}/head/")}
+    )
+
+
+def _keep_domain(model: MultiDomainModel, domain: str, fold_bn: bool, own: bool, path: Path) -> None:
+    """Keep the domain's own tensors, and of a trained backbone what subtraction does not give back."""
+    if own and (fold_bn or not is_sum(model, domain)):
+        return
+    prefixes = [f"{domain}/", "shared/"] + [f"backbone/{norm}." for norm in model.norms]
+    tensors = stored_tensors(model, own)
+    save_tensors(path, {key: value for key, value in tensors.items() if key.startswith(tuple(prefixes))})
+
+
+def _describe_domain(
+    folder: Path,
+    spec: ModelSpec,
+    domain: str,
+    recipe: Mapping[str, Any],
+    classes: Mapping[str, tuple[str, ...]],
+    own: bool,
+) -> None:
+    """The model.json and recipe.yaml of the domain alone, not fused."""
+    alone = replace(spec, domains={domain: spec.domains[domain]})
+    with torch.device("meta"):
+        counts = build_model(alone).parameter_counts()
+    write_model_json(folder, alone, recipe, classes, own, counts)
+    write_text(folder / "recipe.yaml", yaml.safe_dump(dict(recipe), sort_keys=False))
+
+
+def _how_undone(folder: Path, keep_original: bool, own: bool) -> str:
+    if not folder.is_dir():
+        return "no"
+    if keep_original:
+        return "the original's bytes"
+    return "the domain alone, by subtraction" if own else "the domain alone"
+
+
+def _subtracted(source: Artifact, spec: ModelSpec, weights: str) -> dict[str, Tensor]:
+    """The weights of the domain alone, its adapters taken out of the fused backbone."""
+    kept = read_tensors(source.file(f"{ORIGINAL}/{_file(weights)}"))
+    folded = read_tensors(source.file(_file(weights)))
+    model = build_model(spec)
+    model.load_tensors({key: folded[key] for key in model.tensors() if key in folded} | kept, source.path)
+    subtract(model, next(iter(spec.domains)))
+    return stored_tensors(model, True)
