@@ -1,4 +1,4 @@
-"""Adapters across domains as shared and private factors: the algebra, and how many components each weight keeps.
+"""Adapters made smaller, or a part of the backbone.
 
-Nothing here knows of models, adapters or recipes.
+`joint_svd` and `ranks` are the algebra and know of no models; the others apply it to them, and fold adapters in.
 """
