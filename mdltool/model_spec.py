@@ -16,7 +16,8 @@ from mdltool.backbones import BACKBONES
 from mdltool.backbones.base import Backbone, some
 from mdltool.errors import MdlError
 from mdltool.types import Place, Site
-from mdltool.wrapping import find, replace
+from mdltool.wrapping import find
+from mdltool.wrapping import replace as put
 
 REGIMES = ("frozen", "joint", "heads", "full", "adapters")
 
@@ -48,7 +49,7 @@ class FusedSpec:
             layer: Any = find(net, path)
             layer.bias = nn.Parameter(layer.weight.new_zeros(len(layer.weight)))
         for path in self.norms:
-            replace(net, path, nn.Identity())
+            put(net, path, nn.Identity())
 
 
 @dataclass(frozen=True)
