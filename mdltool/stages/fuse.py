@@ -60,35 +60,29 @@ def run(
     draft = begin(out, kind="model", stage="fuse", inputs=inputs, request=request)
     if isinstance(draft, Artifact):
         return draft
-    try:
+    recipe, classes = _alone(content, domain)
+    original = draft.path / ORIGINAL
+    with draft:
         if keep_original:
-            _copy(source, [name for name, entry in source.files.items() if not entry.get("volatile")], draft, "")
-        parity = {}
+            _copy(source, [name for name, entry in source.files.items() if not entry.get("volatile")], draft)
+        difference = {}
         for weights in _weights(source.files):
             model = load_model(source, weights, work)
             _check(model, domain, fold_bn, source)
-            before = model.spec
-            if not keep_original:
-                _keep_domain(model, domain, fold_bn, own, draft.path / ORIGINAL / _file(weights))
-            model, parity[weights] = _fuse(model, domain, fold_bn, draft.path / _file(weights))
-    except MdlError:
-        draft.abandon()
-        raise
-    recipe, classes = content["recipe"], {domain: tuple(content["domains"][domain]["classes"])}
-    for other in [name for name in content["domains"] if name != domain]:
-        recipe = without_domain(recipe, other)
-    write_model_json(draft.path, model.spec, recipe, classes, True, model.parameter_counts())
-    write_text(draft.path / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
-    if not keep_original and (draft.path / ORIGINAL).is_dir():
-        _describe_domain(draft.path / ORIGINAL, before, domain, recipe, classes, own)
-    summary = {
-        "recipe": recipe["name"],
-        "fused": f"domain {domain}",
-        "domains": {domain: {"classes": len(classes[domain])}},
-        "difference": parity,
-        "undo": _how_undone(draft.path / ORIGINAL, keep_original, own),
-    }
-    return draft.commit(summary)
+            if not keep_original and (not own or (not fold_bn and is_sum(model, domain))):
+                save_tensors(original / _file(weights), _own_tensors(model, domain, own))
+                _describe(original, model.spec, recipe, classes, own)
+            model, difference[weights] = _fuse(model, domain, fold_bn, draft.path / _file(weights))
+        write_model_json(draft.path, model.spec, recipe, classes, True, model.parameter_counts())
+        write_text(draft.path / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
+        summary = {
+            "recipe": recipe["name"],
+            "fused": f"domain {domain}",
+            "domains": {domain: {"classes": len(classes[domain])}},
+            "difference": difference,
+            "undo": "no" if not original.is_dir() else "the model" if keep_original else "the domain alone",
+        }
+        return draft.commit(summary)
 
 
 def undo(source: Artifact, out: Path) -> Artifact:
@@ -112,18 +106,15 @@ def undo(source: Artifact, out: Path) -> Artifact:
     draft = begin(out, kind="model", stage="fuse --undo", inputs=inputs, request={})
     if isinstance(draft, Artifact):
         return draft
-    try:
-        _copy(source, kept, draft, ORIGINAL)
+    with draft:
+        _copy(source, kept, draft)
         before = source.load_json(f"{ORIGINAL}/model.json")
         if before["own_backbone"] and not source.request["keep_original"]:
             for weights in _weights(source.files):
                 restored = _subtracted(source, ModelSpec.from_json(before["spec"]), weights)
                 save_tensors(draft.path / _file(weights), restored)
-    except MdlError:
-        draft.abandon()
-        raise
-    domains = {name: {"classes": len(entry["classes"])} for name, entry in before["domains"].items()}
-    return draft.commit({"recipe": before["recipe"]["name"], "undone": source.name, "domains": domains})
+        domains = {name: {"classes": len(entry["classes"])} for name, entry in before["domains"].items()}
+        return draft.commit({"recipe": before["recipe"]["name"], "undone": source.name, "domains": domains})
 
 
 def _chosen(domains: Mapping[str, Any], domain: str | None, source: Artifact) -> str:
@@ -138,6 +129,14 @@ def _chosen(domains: Mapping[str, Any], domain: str | None, source: Artifact) ->
     return domain
 
 
+def _alone(content: Mapping[str, Any], domain: str) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]]:
+    """The recipe and the classes of a model.json for one domain."""
+    recipe = content["recipe"]
+    for other in [name for name in content["domains"] if name != domain]:
+        recipe = without_domain(recipe, other)
+    return recipe, {domain: tuple(content["domains"][domain]["classes"])}
+
+
 def _weights(files: Mapping[str, Any]) -> list[str]:
     return [name for name in WEIGHTS if _file(name) in files]
 
@@ -146,13 +145,14 @@ def _file(weights: str) -> str:
     return f"weights/{weights}.safetensors"
 
 
-def _copy(source: Artifact, names: list[str], draft: Draft, folder: str) -> None:
-    """Copy files of an artifact, from its folder `folder` to the draft's other one. Raises for damaged ones."""
+def _copy(source: Artifact, names: list[str], draft: Draft) -> None:
+    """Copy files of an artifact into the draft's ORIGINAL, or out of the artifact's. Raises for damaged ones."""
     faults = source.verify(names)
     if faults:
         raise MdlError(f"the model's files were changed ({'; '.join(faults[:3])})", source.path, "make it again")
     for name in names:
-        target = draft.path / (name.removeprefix(f"{folder}/") if folder else f"{ORIGINAL}/{name}")
+        inside = name.removeprefix(f"{ORIGINAL}/")
+        target = draft.path / (inside if inside != name else f"{ORIGINAL}/{name}")
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source.file(name), target)
 
@@ -202,37 +202,21 @@ def _adapter_digest(model: MultiDomainModel, domain: str) -> str:
     )
 
 
-def _keep_domain(model: MultiDomainModel, domain: str, fold_bn: bool, own: bool, path: Path) -> None:
-    """Keep the domain's own tensors, and of a trained backbone what subtraction does not give back."""
-    if own and (fold_bn or not is_sum(model, domain)):
-        return
-    prefixes = [f"{domain}/", "shared/"] + [f"backbone/{norm}." for norm in model.norms]
-    tensors = stored_tensors(model, own)
-    save_tensors(path, {key: value for key, value in tensors.items() if key.startswith(tuple(prefixes))})
+def _own_tensors(model: MultiDomainModel, domain: str, own: bool) -> dict[str, Tensor]:
+    """The domain's own tensors, and of a stored backbone what subtraction does not give back."""
+    prefixes = (f"{domain}/", "shared/", *(f"backbone/{norm}." for norm in model.norms))
+    return {key: value for key, value in stored_tensors(model, own).items() if key.startswith(prefixes)}
 
 
-def _describe_domain(
-    folder: Path,
-    spec: ModelSpec,
-    domain: str,
-    recipe: Mapping[str, Any],
-    classes: Mapping[str, tuple[str, ...]],
-    own: bool,
+def _describe(
+    folder: Path, spec: ModelSpec, recipe: dict[str, Any], classes: Mapping[str, tuple[str, ...]], own: bool
 ) -> None:
-    """The model.json and recipe.yaml of the domain alone, not fused."""
-    alone = replace(spec, domains={domain: spec.domains[domain]})
+    """The model.json and recipe.yaml of some domains of a model that is not fused."""
+    alone = replace(spec, domains={domain: spec.domains[domain] for domain in classes})
     with torch.device("meta"):
         counts = build_model(alone).parameter_counts()
     write_model_json(folder, alone, recipe, classes, own, counts)
-    write_text(folder / "recipe.yaml", yaml.safe_dump(dict(recipe), sort_keys=False))
-
-
-def _how_undone(folder: Path, keep_original: bool, own: bool) -> str:
-    if not folder.is_dir():
-        return "no"
-    if keep_original:
-        return "the original's bytes"
-    return "the domain alone, by subtraction" if own else "the domain alone"
+    write_text(folder / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
 
 
 def _subtracted(source: Artifact, spec: ModelSpec, weights: str) -> dict[str, Tensor]:
