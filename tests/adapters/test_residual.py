@@ -377,6 +377,51 @@ CLASSES = {"aircraft": 100, "cifar100": 100, "dped": 2, "dtd": 47, "gtsrb": 43}
 CLASSES |= {"flowers": 102, "omniglot": 1623, "svhn": 10, "ucf101": 101}
 
 
+# domain -> classes (spec 5, transfer)
+TRANSFER = {"cifar100": 100, "ucf101": 101, "places": 205}
+# recipe -> adapters of the domain without its BatchNorms' copies
+METHODS = {"finetune": 0, "series": 689_152 + 7_232, "parallel": 645_216}
+
+
+@pytest.mark.parametrize(("domain", "method"), itertools.product(TRANSFER, METHODS))
+def test_recipes_of_transfer(domain: str, method: str) -> None:
+    recipe = load(f"residual_transfer_{domain}_{method}")
+    found = describe.run(recipe)["parameters"]
+    assert {name: part.classes for name, part in recipe.domains.items()} == {domain: TRANSFER[domain]}
+    assert (found["backbone"], found["adapters"]) == (5_814_688, METHODS[method])
+    assert found["heads"] == 257 * TRANSFER[domain]
+    # what is trained: the filters too, or the domain's own parts, its BatchNorms among them
+    frozen = 0 if method == "finetune" else 5_806_944
+    assert found["trainable"] == 5_814_688 + found["adapters"] + found["heads"] - frozen
+
+
+@pytest.mark.parametrize("kind", ["plain", "dropout"])
+@pytest.mark.parametrize(
+    ("name", "width", "filters"),
+    [
+        ("0p5", 0.5, 1_451_952),
+        ("1", 1.0, 5_806_944),
+        ("1p5", 1.5, 13_064_976),
+        ("2", 2.0, 23_226_048),
+        ("2p5", 2.5, 36_290_160),
+    ],
+)
+def test_recipes_of_widths(name: str, width: float, filters: int, kind: str) -> None:
+    recipe = load(f"residual_width{name}_{kind}")
+    assert recipe.adapters[0].options["dropout"] == {"plain": "00", "dropout": "01"}[kind]
+    found = describe.run(recipe)
+    assert len(found["sites"]) == 25
+    counts = found["parameters"]
+    assert counts["backbone"] == filters + round(7_744 * width)
+    assert 9 * counts["adapters"] == filters
+    assert counts["heads"] == (256 * width + 1) * 100
+
+
+def test_the_recipe_from_scratch_is_the_whole_network() -> None:
+    found = describe.run(load("residual_scratch"))["parameters"]
+    assert found["total"] == found["trainable"] == 5_814_688 + 25_700
+
+
 def test_recipes_of_the_source() -> None:
     bare, series = (describe.run(load(f"residual_pretrain{part}"))["parameters"] for part in ("", "_series"))
     assert bare["total"] == bare["trainable"] == 6_071_688
