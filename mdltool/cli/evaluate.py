@@ -12,6 +12,20 @@ from mdltool.cli import options
 if TYPE_CHECKING:
     from mdltool.evaluate.decathlon import Decathlon
 
+Contest = Annotated[bool, typer.Option("--decathlon", help="The Visual Decathlon's score over the domains, too.")]
+ContestBaseline = Annotated[
+    Path | None,
+    typer.Option("--decathlon-baseline", help="Another baseline, a JSON of accuracies (DOMAIN -> percent)."),
+]
+ContestAdded = Annotated[
+    list[str] | None,
+    typer.Option("--decathlon-add", help="Accuracy of a domain not measured here; repeat it.", metavar="D=PERCENT"),
+]
+Scores = Annotated[
+    Path | None,
+    typer.Option("--scores", help="Score this JSON of accuracies (DOMAIN -> percent), or this eval, instead."),
+]
+
 
 def register(app: typer.Typer) -> None:
     app.command("eval", epilog="Example: mdltool train --recipe tiny_demo | mdltool eval --views 10x3")(evaluate)
@@ -26,23 +40,10 @@ def evaluate(
     split: Annotated[str, typer.Option("--split", help="Which of the work directory's shards to score.")] = "val",
     weights: Annotated[str, typer.Option("--weights", help="last, best or ema (averaged).")] = "last",
     precision: Annotated[str | None, typer.Option("--precision", help="fp32, bf16 or fp16.")] = None,
-    decathlon: Annotated[
-        bool, typer.Option("--decathlon", help="The score over all domains of the Visual Decathlon, too.")
-    ] = False,
-    baseline: Annotated[
-        Path | None,
-        typer.Option("--decathlon-baseline", help="JSON: DOMAIN -> accuracy in percent of another baseline."),
-    ] = None,
-    added: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--decathlon-add", help="The accuracy of a domain not measured here; repeat it.", metavar="D=PERCENT"
-        ),
-    ] = None,
-    scores: Annotated[
-        Path | None,
-        typer.Option("--scores", help="Score this JSON of accuracies (DOMAIN -> percent), or this eval, instead."),
-    ] = None,
+    decathlon: Contest = False,
+    baseline: ContestBaseline = None,
+    added: ContestAdded = None,
+    scores: Scores = None,
     workers: options.Workers = None,
     work: options.Work = None,
     out: options.Out = None,
@@ -57,15 +58,12 @@ def evaluate(
     from mdltool import console
     from mdltool.artifact import work_dir
     from mdltool.cli.inputs import default_workers, resolve, shards_for
-    from mdltool.errors import MdlError
 
     contest = _decathlon(decathlon, baseline, added, scores)
     if contest is not None and scores is not None:
-        _score(contest, scores, as_json)
+        _score(contest, scores, model or data, as_json)
         return
-    for value, known, option in ((weights, _WEIGHTS, "--weights"), (precision, _PRECISIONS, "--precision")):
-        if value is not None and value not in known:
-            raise MdlError(f"'{value}' is not known", option, f"one of: {', '.join(known)}")
+    _check_words(weights, precision)
     place = work_dir(work)
     chosen = resolve(model, "model", place)
     shards = shards_for(data, place, list(chosen.summary["domains"]), () if data else (split,))
@@ -89,6 +87,14 @@ def evaluate(
     if int(os.environ.get("RANK", "0")) == 0:
         _table(artifact.load_json("metrics.json"))
         console.emit(artifact, as_json)
+
+
+def _check_words(weights: str, precision: str | None) -> None:
+    from mdltool.errors import MdlError
+
+    for value, known, option in ((weights, _WEIGHTS, "--weights"), (precision, _PRECISIONS, "--precision")):
+        if value is not None and value not in known:
+            raise MdlError(f"'{value}' is not known", option, f"one of: {', '.join(known)}")
 
 
 _WEIGHTS = ("last", "best", "ema")
@@ -131,12 +137,15 @@ def _decathlon(
     return Decathlon(RA17 if baseline is None else read_baseline(baseline), parse_added(added or ()))
 
 
-def _score(contest: Decathlon, source: Path, as_json: bool) -> None:
-    """The score of accuracies that are there already, in a file or in an eval."""
+def _score(contest: Decathlon, source: Path, other: Path | list[str] | None, as_json: bool) -> None:
+    """The score of accuracies that are there already, in a file or in an eval. other: what would be evaluated."""
     from mdltool import console
     from mdltool.artifact import open_artifact
+    from mdltool.errors import MdlError
     from mdltool.evaluate.decathlon import accuracies_of, read_accuracies
 
+    if other:
+        raise MdlError("--scores takes the place of a model and its data", "--scores", "leave out one or the other")
     if source.is_dir():
         accuracies = accuracies_of(open_artifact(source, "eval").load_json("metrics.json"), source)
     else:

@@ -50,15 +50,8 @@ def run(
     inputs += [d.val.as_input("val") for d in data.values() if d.val is not None]
     inputs += [source.as_input("backbone")] if source is not None else []
     world = join_world()
-    draft = begin_together(
-        world,
-        out,
-        kind="model",
-        stage="train",
-        inputs=inputs,
-        request=recipe.model_dump(mode="json"),
-        resume="must" if resume else "ask",
-    )
+    request, how = recipe.model_dump(mode="json"), "must" if resume else "ask"
+    draft = begin_together(world, out, kind="model", stage="train", inputs=inputs, request=request, resume=how)
     if isinstance(draft, Artifact):
         return draft
     seeded(recipe.train.seed)
@@ -77,8 +70,8 @@ def run(
         model.to("cpu")
         save_tensors(draft.path / "weights" / "last.safetensors", stored_tensors(model, own_backbone))
         counts = model.parameter_counts()
-        write_model_json(draft.path, spec, recipe.model_dump(mode="json"), classes, own_backbone, counts)
-        write_text(draft.path / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+        write_model_json(draft.path, spec, request, classes, own_backbone, counts)
+        write_text(draft.path / "recipe.yaml", yaml.safe_dump(request, sort_keys=False))
         _commit(draft, recipe, data, progress, counts)
     return open_together(world, out, "model")
 

@@ -150,6 +150,12 @@ def test_scores_of_a_file(mdltool: Callable[..., Ran], tmp_path: Path) -> None:
     assert mdltool("eval", "--decathlon", "--scores", file, *added, "--json").json["score"] == found["score"]
 
 
+def test_scores_take_the_place_of_a_model(mdltool: Callable[..., Ran], tmp_path: Path) -> None:
+    ran = mdltool("eval", tmp_path, "--decathlon", "--scores", "x.json")
+    assert ran.code == 1
+    assert "leave out one or the other" in ran.err
+
+
 @pytest.mark.parametrize(
     "words", [("--scores", "x.json"), ("--decathlon-add", "svhn=1"), ("--decathlon-baseline", "x")]
 )
