@@ -12,7 +12,7 @@ from mdltool.artifact import Artifact, begin
 from mdltool.domain_pack import DomainPack
 from mdltool.errors import MdlError
 from mdltool.files import write_text
-from mdltool.model_store import find_backbone, load_model, stored_tensors, write_model_json
+from mdltool.model_store import find_backbone, load_model, refuse_fused, stored_tensors, write_model_json
 from mdltool.recipe import validate
 from mdltool.train.checkpoint import save_tensors
 
@@ -24,6 +24,7 @@ def run(source: Artifact, pack: DomainPack, name: str, out: Path, *, weights: st
     its name is taken.
     """
     content = source.load_json("model.json")
+    refuse_fused(content, source.path)
     domains = {known: tuple(entry["classes"]) for known, entry in content["domains"].items()}
     if name in domains:
         raise MdlError(f"the model has a domain '{name}' already", source.path, "give another name: --as NAME")
@@ -34,23 +35,20 @@ def run(source: Artifact, pack: DomainPack, name: str, out: Path, *, weights: st
     draft = begin(out, kind="model", stage="model merge", inputs=inputs, request=request)
     if isinstance(draft, Artifact):
         return draft
-    try:
+    _announce(content["recipe"]["views"], pack, name)
+    domains[name] = pack.classes
+    with draft:
         model = load_model(source, weights, work)
         model.mount(name, pack)
         save_tensors(draft.path / "weights" / "last.safetensors", stored_tensors(model, own))
-    except MdlError:
-        draft.abandon()
-        raise
-    _announce(content["recipe"]["views"], pack, name)
-    domains[name] = pack.classes
-    write_model_json(draft.path, model.spec, recipe, domains, own, model.parameter_counts())
-    write_text(draft.path / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
-    summary = {
-        "recipe": recipe["name"],
-        "added": name,
-        "domains": {known: {"classes": len(classes)} for known, classes in domains.items()},
-    }
-    return draft.commit(summary)
+        write_model_json(draft.path, model.spec, recipe, domains, own, model.parameter_counts())
+        write_text(draft.path / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
+        summary = {
+            "recipe": recipe["name"],
+            "added": name,
+            "domains": {known: {"classes": len(classes)} for known, classes in domains.items()},
+        }
+        return draft.commit(summary)
 
 
 def _joined(stored: dict[str, Any], name: str, part: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from mdltool.artifact import Artifact
 from mdltool.domain_pack import DomainPack, model_form
 from mdltool.errors import MdlError
 from mdltool.files import write_bytes
-from mdltool.model_store import load_model
+from mdltool.model_store import load_model, refuse_fused
 from mdltool.registry import did_you_mean
 from mdltool.schema import Recipe
 
@@ -21,6 +21,7 @@ def run(source: Artifact, domain: str, out: Path, *, weights: str = "last", work
     Raises MdlError for an unknown domain, and where another file is there.
     """
     content = source.load_json("model.json")
+    refuse_fused(content, source.path)
     domains = content["domains"]
     if domain not in domains:
         raise MdlError(f"the model has no domain '{domain}'", source.path, did_you_mean(domain, domains))

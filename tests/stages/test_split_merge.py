@@ -168,6 +168,10 @@ def test_what_merge_and_split_refuse(
     cut = tmp_path / "cut.safetensors"
     data = pack.read_bytes()
     cut.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    fused = tmp_path / "fused"
+    shutil.copytree(without, fused)
+    part = {"domain": "chalk", "biases": [], "norms": []}
+    _edit(fused, lambda content: content | {"spec": content["spec"] | {"fused": part}})
     out = tmp_path / "x"
     cases: list[tuple[tuple[object, ...], str]] = [
         (("merge", pack, frozen), "has a domain 'neon' already"),
@@ -178,6 +182,8 @@ def test_what_merge_and_split_refuse(
         (("merge", frozen / "weights" / "last.safetensors", without), "holds no domain"),
         (("merge", frozen / "model.json", without), "cannot be read"),
         (("merge", tmp_path / "no", without), "no such file"),
+        (("merge", pack, fused), "this model is fused for 'chalk'"),
+        (("split", "chalk", fused), "this model is fused for 'chalk'"),
         (("split", "chalc", frozen), "did you mean 'chalk'"),
         (("split", "chalk", joint, "--weights", "ema"), "no ema weights"),
     ]
