@@ -54,7 +54,9 @@ class MultiDomainModel(nn.Module):
         for (entry, method, options), chosen in zip(parts, sites, strict=True):
             for name, wrapper in attach(backbone.net, chosen, spec.domains, method, options, self.route).items():
                 # State is stored by site; a second adapter at a site adds its type.
-                self.sites[name if name not in self.sites else f"{name}+{entry.type}"] = wrapper
+                name = name if name not in self.sites else f"{name}+{entry.type}"
+                self.sites[name] = wrapper
+                wrapper.factor(spec.factors.get(name, {}))
         pad_short_inputs(self)
         # A head of two layers has its dropout between them.
         self.dropout = nn.Dropout(spec.dropout if spec.head == "linear" else 0.0)
@@ -135,14 +137,17 @@ class MultiDomainModel(nn.Module):
         """Keep the inputs alone of the backbone's stages or blocks, and run them again in the backward pass."""
         recompute(self.backbone.net, self.backbone.block_paths(), self.route)
 
-    def apply_regime(self, regime: str, bn: str | None = None, only: str | None = None) -> None:
+    def apply_regime(
+        self, regime: str, bn: str | None = None, only: str | None = None, shared_factors: bool = False
+    ) -> None:
         """Set requires_grad and the BatchNorm mode of every part (spec omi_mdl 2.7).
 
         frozen: adapters, heads and shared norms train. joint: everything. heads: heads only. adapters: adapters
         and shared norms. full: backbone and heads. bn: the recipe's choice; None takes the regime's default,
         `shared` where the backbone trains and `frozen` elsewhere. `shared` with a frozen backbone is the naive
         freeze, whose statistics keep moving. only: of what the regime trains, this domain's parts alone; what is
-        shared and other domains stay as they are.
+        shared and other domains stay as they are. shared_factors: of a compressed model, train the factors that
+        domains share with the adapters (spec residual_adapters 2.6: they are frozen).
         """
         if regime not in REGIMES:
             raise MdlError(f"there is no regime '{regime}'", "train.steps.regime", did_you_mean(regime, REGIMES))
@@ -155,6 +160,7 @@ class MultiDomainModel(nn.Module):
             for module in (wrapper.adapters, wrapper.shared):
                 if module is not None:
                     module.requires_grad_(trains_adapters)
+            wrapper.factors.requires_grad_(trains_adapters and shared_factors)
         for norm in self.norms.values():
             norm.statistics.requires_grad_(trains_backbone or trains_adapters)
             norm.use_shared = bn == "recalibrate"
@@ -184,7 +190,8 @@ class MultiDomainModel(nn.Module):
 
     def tensors(self, with_backbone: bool = True) -> dict[str, Tensor]:
         """The model's state under site names: backbone/<library key>, shared/<site>/<param>,
-        <domain>/<site>/<param>, <domain>/head/<param>; the tensors themselves, not copies.
+        <domain>/<site>/<param>, <domain>/head/<param>; the tensors themselves, not copies. Of a factored parameter:
+        shared/<site>/factors.<param> and <domain>/<site>/<param>.private.
         """
         named: dict[str, Tensor] = {}
         if with_backbone:
@@ -199,8 +206,13 @@ class MultiDomainModel(nn.Module):
 
     def shared_tensors(self) -> dict[str, Tensor]:
         """What domains share beside the backbone, under the names of `tensors`."""
-        parts = ((site, wrapper.shared) for site, wrapper in self.sites.items() if wrapper.shared is not None)
-        return {f"shared/{site}/{key}": value for site, module in parts for key, value in _state(module)}
+        named: dict[str, Tensor] = {}
+        for site, wrapper in self.sites.items():
+            if wrapper.shared is not None:
+                named |= {f"shared/{site}/{key}": value for key, value in _state(wrapper.shared)}
+            factors = wrapper.shared_factors()
+            named |= {f"shared/{site}/factors.{parameter}": value for parameter, value in factors.items()}
+        return named
 
     def digests(self) -> dict[str, str]:
         """What the backbone's tensors and the shared ones hash to: {"backbone", "shared"}.
@@ -271,7 +283,8 @@ class MultiDomainModel(nn.Module):
         """Parameters by part (design, section 6): integers; total = backbone + heads + adapters, norms apart.
 
         With `bn: per_domain` every domain owns a copy of the BatchNorms' weights; one of the copies stands for the
-        backbone's own, so D - 1 of them are counted as adapters (spec omi_mdl 6.4).
+        backbone's own, so D - 1 of them are counted as adapters (spec omi_mdl 6.4). Factors that domains share
+        are counted once, in `adapters` and again by themselves.
         """
         per_domain = {}
         for domain in self.spec.domains:
@@ -280,6 +293,8 @@ class MultiDomainModel(nn.Module):
         adapters = sum(entry["adapters"] for entry in per_domain.values())
         if self.spec.bn == "per_domain":
             adapters -= count([norm.inner for norm in self.norms.values()])
+        factors = count([wrapper.factors for wrapper in self.sites.values()])
+        adapters += factors
         heads = sum(entry["head"] for entry in per_domain.values())
         backbone = sum(parameter.numel() for parameter in self.backbone_parameters())
         shared = [wrapper.shared for wrapper in self.sites.values() if wrapper.shared is not None]
@@ -288,6 +303,7 @@ class MultiDomainModel(nn.Module):
             "backbone": backbone,
             "heads": heads,
             "adapters": adapters,
+            "shared_factors": factors,
             "norms": count(shared),
             "streams": 0,
             "projection": self.backbone.projection_parameters,

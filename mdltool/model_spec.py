@@ -12,6 +12,7 @@ from torch import nn
 
 from mdltool.adapters import ADAPTERS
 from mdltool.adapters.base import AdapterOptions, AnyAdapter
+from mdltool.adapters.factored import FactorSpec
 from mdltool.backbones import BACKBONES
 from mdltool.backbones.base import Backbone, some
 from mdltool.errors import MdlError
@@ -57,7 +58,8 @@ class ModelSpec:
     """Everything that decides a model's shape, as plain values; stored with the weights and enough to rebuild it.
 
     domains: name -> number of head outputs. bn: how the backbone's BatchNorms treat domains. fused: of a fused
-    model, which has one domain and no adapters.
+    model, which has one domain and no adapters. factors: site -> parameter of its adapters -> how a compressed
+    model stores it; dense where there is nothing.
     """
 
     backbone: str
@@ -74,6 +76,7 @@ class ModelSpec:
     head_hidden: int = 2048
     logit_dropout: bool = False
     fused: FusedSpec | None = None
+    factors: dict[str, dict[str, FactorSpec]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -82,7 +85,11 @@ class ModelSpec:
     def from_json(value: Mapping[str, Any]) -> ModelSpec:
         adapters = [AdapterSpec(**entry) for entry in value["adapters"]]
         fused = FusedSpec(**value["fused"]) if value.get("fused") is not None else None
-        return ModelSpec(**{**value, "adapters": adapters, "fused": fused})
+        factors = {
+            site: {name: FactorSpec.from_json(entry) for name, entry in entries.items()}
+            for site, entries in value.get("factors", {}).items()
+        }
+        return ModelSpec(**{**value, "adapters": adapters, "fused": fused, "factors": factors})
 
 
 def method_of(entry: AdapterSpec) -> tuple[type[AnyAdapter], AdapterOptions]:

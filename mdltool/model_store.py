@@ -17,8 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mdltool.adapters.factored import value, weight_of
 from mdltool.artifact import Artifact, latest, open_artifact
 from mdltool.backbones.base import Backbone
+from mdltool.compress.factoring import fit_factors
 from mdltool.errors import MdlError
 from mdltool.files import write_text
 from mdltool.model import MultiDomainModel, build_model
@@ -114,7 +116,17 @@ def extended(model: MultiDomainModel, domain: str, outputs: int, start_from: str
                 source = _begin_as(key, start_from, larger)
             if source in old:
                 tensor.copy_(old[source])
+    if start_from is None:
+        _begin_factors(larger, domain)
     return larger.eval()
+
+
+def _begin_factors(model: MultiDomainModel, domain: str) -> None:
+    """A new domain's private factors are what the shared ones hold of fresh adapters."""
+    for site, entries in model.spec.factors.items():
+        dense = model.sites[site].build()
+        for name in entries:
+            fit_factors(model.sites[site].adapters[domain], name, value(weight_of(dense, name)))
 
 
 def reduced(model: MultiDomainModel, domain: str) -> MultiDomainModel:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mdltool import console
 from mdltool.artifact import Artifact
+from mdltool.compress.factoring import fit_factors
 from mdltool.errors import MdlError
 from mdltool.model import MultiDomainModel, build_model
 from mdltool.model_spec import ModelSpec
@@ -59,7 +60,10 @@ def check_source_adapters(spec: ModelSpec, backbone: Artifact | None, choice: st
 def begin_as_source(
     model: MultiDomainModel, backbone: Artifact | None, choice: str, domains: Iterable[str]
 ) -> None:
-    """Begin the adapters of `domains` as a backbone's own, where it has any and `choice` is copy."""
+    """Begin the adapters of `domains` as a backbone's own, where it has any and `choice` is copy.
+
+    Of a compressed model as near to them as the shared factors allow.
+    """
     stored = _stored(backbone, choice)
     if not stored:
         return
@@ -67,7 +71,11 @@ def begin_as_source(
     with torch.no_grad():
         for domain in domains:
             for key, value in stored.items():
-                own[f"{domain}/{key}"].copy_(value)
+                site, name = key.split("/", 1)
+                if name in model.spec.factors.get(site, {}):
+                    fit_factors(model.sites[site].adapters[domain], name, value)
+                else:
+                    own[f"{domain}/{key}"].copy_(value)
     console.say(f"adapters begin as those that the backbone was pretrained with, at {len(_sites(stored))} sites")
 
 

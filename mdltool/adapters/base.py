@@ -8,7 +8,7 @@ the domains share, and asks the model's Route which domain is active. Nothing el
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Annotated, Any, ClassVar
 
@@ -16,6 +16,7 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from mdltool.adapters.factored import Axes, FactorSpec, SharedFactor, factor, weight_of
 from mdltool.errors import MdlError
 from mdltool.types import Place, Site
 from mdltool.wrapping import DomainWrapper, Route, TokenGrid, find, replace
@@ -71,6 +72,13 @@ class AnyAdapter(nn.Module, ABC):
         added = self.added(layer)
         return layer.weight + added, layer.bias
 
+    def factor_rules(self) -> dict[str, Axes]:
+        """Parameters that `compress` may factor, and which of their axes mean the same for every domain.
+
+        Those are the backbone's feature spaces; the space inside a bottleneck is arbitrary for each domain.
+        """
+        return {}
+
 
 class Adapter(AnyAdapter):
     """`forward(inner, x)` decides how it composes with the site's own module: after it, beside it, or around it."""
@@ -119,6 +127,34 @@ class AdaptedSite(DomainWrapper):
         self.build = build
         self.adapters = nn.ModuleDict()
         self.shared: nn.Module | None = None
+        self.factors = nn.ModuleDict()
+        self._factored: dict[str, FactorSpec] = {}
+
+    def factor(self, specs: Mapping[str, FactorSpec]) -> None:
+        """Store parameters of the adapters, by their names, as products of factors."""
+        self._factored = dict(specs)
+        for name, spec in specs.items():
+            if not spec.independent:
+                shape = weight_of(next(iter(self.adapters.values())), name).shape
+                self.factors[name.replace(".", "/")] = SharedFactor(shape, spec)
+        for adapter in self.adapters.values():
+            self._factor(adapter)
+
+    def _factor(self, adapter: nn.Module) -> None:
+        for name, spec in self._factored.items():
+            factor(adapter, name, spec, self._shared_factor(name))
+
+    def _shared_factor(self, name: str) -> SharedFactor | None:
+        key = name.replace(".", "/")  # a module's name has no dots
+        if key not in self.factors:
+            return None
+        module = self.factors[key]
+        assert isinstance(module, SharedFactor)
+        return module
+
+    def shared_factors(self) -> dict[str, nn.Parameter]:
+        """Parameter name -> the factor that domains share."""
+        return {name: module.weight for name in self._factored if (module := self._shared_factor(name)) is not None}
 
     def forward(self, x: Tensor, *rest: Tensor | None) -> Tensor:
         """rest: what an adapter outside this one gives to the site's own module."""
@@ -141,7 +177,9 @@ class AdaptedSite(DomainWrapper):
         return self.adapters
 
     def fresh(self) -> nn.Module:
-        return self.build()
+        adapter = self.build()
+        self._factor(adapter)
+        return adapter
 
 
 def _with(inner: Inner, rest: tuple[Tensor | None, ...], x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdltool.adapters.base import Adapter, Inner, NotFoldable, TokenAdapter, TokenOptions
+from mdltool.adapters.factored import Axes, value
 from mdltool.types import Place, Site
 
 _PARTS = ("q", "k", "v")
@@ -48,13 +49,17 @@ class LoraAdapter(Adapter):
         if not isinstance(layer, nn.Linear):
             raise NotFoldable("its layer is not linear")
         parts = list(torch.zeros_like(layer.weight).chunk(self._parts))
-        for target, down, up in zip(self._targets, self.down, self.up, strict=True):
+        for target, down, up in zip(self._targets, value(self.down), value(self.up), strict=True):
             parts[target] = self._scale * up @ down
         return torch.cat(parts)
 
+    def factor_rules(self) -> dict[str, Axes]:
+        return {"down": Axes(shared=(2,), batch=(0,)), "up": Axes(shared=(1,), batch=(0,))}
+
     def forward(self, inner: Inner, x: Tensor) -> Tensor:
         y = inner(x)
-        added = [self._scale * (x @ down.T) @ up.T for down, up in zip(self.down, self.up, strict=True)]
+        pairs = zip(value(self.down), value(self.up), strict=True)
+        added = [self._scale * (x @ down.T) @ up.T for down, up in pairs]
         if self._parts == 1:
             return y + added[0]
         thirds = list(y.chunk(self._parts, -1))

@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdltool.adapters.base import Inner, TokenAdapter, TokenOptions
+from mdltool.adapters.factored import Axes, value
 from mdltool.errors import MdlError
 from mdltool.types import Site
 from mdltool.wrapping import TokenGrid
@@ -81,6 +82,9 @@ class MhvaAdapter(TokenAdapter):
     def roles(cls, options: Any) -> frozenset[str]:
         return frozenset({"mlp", "attn"} if options.at == "both" else {options.at})
 
+    def factor_rules(self) -> dict[str, Axes]:
+        return {"down": Axes(shared=(1,), batch=(0,)), "up": Axes(shared=(2,), batch=(0,))}
+
     def forward(self, inner: Inner, x: Tensor, grid: TokenGrid) -> Tensor:
         return inner(x) + self.adapt(x, grid)
 
@@ -93,32 +97,34 @@ class MhvaAdapter(TokenAdapter):
             x_BTPC = x_BTPC.flatten(1, 2).unsqueeze(1)
         if order is not None:
             x_BTPC = x_BTPC[:, :, order]
-        y_BTPC = self._patches(x_BTPC, counts)
+        down_KCR, up_KRC = value(self.down), value(self.up)
+        y_BTPC = self._patches(x_BTPC, counts, down_KCR, up_KRC)
         if order is not None:
             y_BTPC = y_BTPC[:, :, order.argsort()]
-        if class_BTC is not None:
-            head = self._heads if self._cls == "own" else 0
-            class_BTC = torch.zeros_like(class_BTC) if self._cls == "skip" else self._head(class_BTC, head)
+        if class_BTC is not None and self._cls == "skip":
+            class_BTC = torch.zeros_like(class_BTC)
+        elif class_BTC is not None:
+            class_BTC = self._head(class_BTC, self._heads if self._cls == "own" else 0, down_KCR, up_KRC)
         return grid.join(class_BTC, y_BTPC.view(patches_BTHWC.shape))
 
-    def _patches(self, x_BTPC: Tensor, counts: list[int]) -> Tensor:
+    def _patches(self, x_BTPC: Tensor, counts: list[int], down_KCR: Tensor, up_KRC: Tensor) -> Tensor:
         """Every head on its slice. Equal slices are one batched product; weights are never gathered per token."""
         heads, each = self._heads, counts[0]
         if heads == 1:
-            return self._head(x_BTPC, 0)
+            return self._head(x_BTPC, 0, down_KCR, up_KRC)
         if any(count != each for count in counts):
             parts = x_BTPC.split(counts, 2)
-            return torch.cat([self._head(part, k) for k, part in enumerate(parts)], 2)
+            return torch.cat([self._head(part, k, down_KCR, up_KRC) for k, part in enumerate(parts)], 2)
         x_BTKPC = x_BTPC.unflatten(2, (heads, each))
-        b = torch.einsum("btkpc,kcr->btkpr", x_BTKPC, self.down[:heads]) + self.down_bias[:heads, None]
-        y = torch.einsum("btkpr,krc->btkpc", b.relu(), self.up[:heads]) + self.up_bias[:heads, None]
+        b = torch.einsum("btkpc,kcr->btkpr", x_BTKPC, down_KCR[:heads]) + self.down_bias[:heads, None]
+        y = torch.einsum("btkpr,krc->btkpc", b.relu(), up_KRC[:heads]) + self.up_bias[:heads, None]
         scale = self.scale[:heads, None, None] if self.scale.ndim else self.scale
         return (y * scale).flatten(2, 3)
 
-    def _head(self, x: Tensor, head: int) -> Tensor:
-        b = (x @ self.down[head] + self.down_bias[head]).relu()
+    def _head(self, x: Tensor, head: int, down_KCR: Tensor, up_KRC: Tensor) -> Tensor:
+        b = (x @ down_KCR[head] + self.down_bias[head]).relu()
         scale = self.scale[head] if self.scale.ndim else self.scale
-        return (b @ self.up[head] + self.up_bias[head]) * scale
+        return (b @ up_KRC[head] + self.up_bias[head]) * scale
 
 
 class AdaptFormerOptions(MhvaOptions):

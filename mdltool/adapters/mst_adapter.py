@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mdltool.adapters.base import Inner, TokenAdapter, TokenOptions
+from mdltool.adapters.factored import Axes
 from mdltool.convolution import conv3d
 from mdltool.types import Site
 from mdltool.wrapping import TokenGrid
@@ -87,6 +88,9 @@ class MstAdapter(TokenAdapter):
     def roles(cls, options: Any) -> frozenset[str]:
         return frozenset(ROLES[options.position])
 
+    def factor_rules(self) -> dict[str, Axes]:
+        return {"down.weight": Axes(shared=(1,)), "up.weight": Axes(shared=(0,))}
+
     def forward(self, inner: Inner, x: Tensor, grid: TokenGrid) -> Tensor:
         x = inner(x)
         class_BTC, patches_BTHWC = grid.split(x)
@@ -100,7 +104,7 @@ class MstAdapter(TokenAdapter):
     def branch_weights(self) -> Tensor:
         """What the three branches are multiplied with, [3]."""
         if self._fusion == "average":
-            return self.down.weight.new_full((3,), 1 / 3)
+            return self.up.bias.new_full((3,), 1 / 3)
         return self.weights.softmax(0) if self._fusion == "softmax" else self.weights
 
     def _in(self, v: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdltool.adapters.base import Inner, TokenAdapter, TokenOptions
+from mdltool.adapters.factored import Axes, value
 from mdltool.types import Site
 from mdltool.wrapping import TokenGrid
 
@@ -54,6 +55,11 @@ class PrefixAdapter(TokenAdapter):
     def roles(cls, options: Any) -> frozenset[str]:
         return frozenset({"attn", "attn_pool"})
 
+    def factor_rules(self) -> dict[str, Axes]:
+        # What an MLP reads is a space of the domain's own; what it writes are the attention's inputs.
+        mlp = isinstance(self.reparam, nn.Sequential)
+        return {"reparam.2.weight": Axes(shared=(0,))} if mlp else {"prefix": Axes(shared=(1,))}
+
     def forward(self, inner: Inner, x: Tensor, grid: TokenGrid) -> Tensor:
-        prefix_LC = self.dropout(self.reparam(self.prefix))
+        prefix_LC = self.dropout(self.reparam(value(self.prefix)))
         return inner(x, prefix_LC, self.gain.tanh())

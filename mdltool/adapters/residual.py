@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mdltool.adapters.base import Adapter, AdapterOptions, Inner, NotFoldable
 from mdltool.adapters.domain_norm import affine_of
+from mdltool.adapters.factored import Axes, value
 from mdltool.errors import MdlError
 from mdltool.types import Place, Site
 
@@ -87,6 +88,9 @@ class ResidualAdapter(Adapter):
         if layer.groups != self._groups:
             raise NotFoldable("its matrix is dense, the convolution has groups (grouped: diagonal can be folded)")
 
+    def factor_rules(self) -> dict[str, Axes]:
+        return {"matrix.weight": Axes(shared=(0,))} if self._groups == 1 else {}
+
 
 class ParallelAdapter(ResidualAdapter):
     """f * x + a x: a has the convolution's stride and is its centre tap. C_in C_out parameters."""
@@ -109,7 +113,7 @@ class ParallelAdapter(ResidualAdapter):
         if layer.padding not in (reached, "same"):
             raise NotFoldable("the convolution is not padded by half its kernel, so its centre tap reads elsewhere")
         added = torch.zeros_like(layer.weight)
-        added[(..., *centre)] = self.matrix.weight.flatten(1)
+        added[(..., *centre)] = value(self.matrix.weight).flatten(1)
         return added
 
     def forward(self, inner: Inner, x: Tensor) -> Tensor:
@@ -143,7 +147,7 @@ class SeriesAdapter(ResidualAdapter):
         """With BN(z) = s z + t: (I + a diag(s)) f, and the bias (I + a diag(s)) b + a t."""
         self._check_groups(layer)
         grouped = (self._groups, -1)
-        a_GRR = self.matrix.weight.flatten(1).unflatten(0, grouped)
+        a_GRR = value(self.matrix.weight).flatten(1).unflatten(0, grouped)
         filters = layer.weight.flatten(1).unflatten(0, grouped)
         mixed, bias = a_GRR, None
         if isinstance(self.norm, nn.BatchNorm2d | nn.BatchNorm3d):

@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdltool.adapters.base import Inner, TokenAdapter, TokenOptions
+from mdltool.adapters.factored import Axes
 from mdltool.types import Site
 from mdltool.wrapping import TokenGrid
 
@@ -41,6 +42,9 @@ class StAdapter(TokenAdapter):
     @classmethod
     def roles(cls, options: Any) -> frozenset[str]:
         return frozenset({"mid"} if options.per_block == 1 else {"entry", "mid"})
+
+    def factor_rules(self) -> dict[str, Axes]:
+        return {"down.weight": Axes(shared=(1,)), "up.weight": Axes(shared=(0,))}
 
     def forward(self, inner: Inner, x: Tensor, grid: TokenGrid) -> Tensor:
         class_BTC, patches_BTHWC = grid.split(inner(x))

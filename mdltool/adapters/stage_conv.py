@@ -17,6 +17,7 @@ from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
 from mdltool.adapters.base import Adapter, AdapterOptions, Inner
+from mdltool.adapters.factored import Axes
 from mdltool.adapters.shared_norm import LnForm, shared_norm
 from mdltool.types import Site
 
@@ -62,6 +63,9 @@ class StageConvAdapter(Adapter):
     def make_kernel(self, channels: int, options: StageConvOptions) -> nn.Module:
         """The kernel K, C -> C."""
 
+    def factor_rules(self) -> dict[str, Axes]:
+        return {"kernel.weight": Axes(shared=(0,))}
+
     def forward(self, inner: Inner, x: Tensor) -> Tensor:
         return self.adapt(inner(x))
 
@@ -98,6 +102,9 @@ class Conv2Plus1dAdapter(StageConvAdapter):
             conv(channels, middle, (1, options.kh, options.kw), options.bias),
             conv(middle, channels, (options.kt, 1, 1), options.bias),
         )
+
+    def factor_rules(self) -> dict[str, Axes]:
+        return {"kernel.0.weight": Axes(shared=(1,)), "kernel.1.weight": Axes(shared=(0,))}
 
 
 def conv(inputs: int, outputs: int, kernel: tuple[int, int, int], bias: bool) -> nn.Conv3d:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mdltool.cli import options
+from mdltool.cli.compress import show
 from mdltool.errors import MdlError
 
 if TYPE_CHECKING:
@@ -102,6 +103,8 @@ def _print(root: Node) -> None:
         state = "" if not node.faults else f"  !! {'; '.join(node.faults)}"
         role = f"{node.role}: " if node.role else ""
         console.result(f"  {'  ' * depth}{role}{node.kind} {node.digest[:12]}  {node.path}{state}")
+    if "compression.json" in artifact.files:
+        show(artifact, to_stdout=True)
 
 
 def _short(value: Any) -> str:

@@ -26,6 +26,7 @@ COMMANDS = (
     "recipe",
     "describe",
     "train",
+    "compress",
     "add_domain",
     "model",
     "fuse",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,20 +23,15 @@ from mdltool.model_store import (
     stored_tensors,
     write_model_json,
 )
-from mdltool.overrides import apply_override
-from mdltool.recipe import validate
 from mdltool.registry import did_you_mean
 from mdltool.schema import Recipe
 from mdltool.source_adapters import begin_as_source
-from mdltool.stages.fitting import fit, gather_data
+from mdltool.stages.continuing import plain_losses, settled
+from mdltool.stages.fitting import Scope, fit, gather_data
 from mdltool.train.checkpoint import save_tensors
 from mdltool.train.distributed import join_world
 from mdltool.train.plan import Progress
 from mdltool.train.together import begin_together, open_together
-
-# What a recipe says of the training alone. The rest describes the network, its input or its test protocol.
-_CHANGEABLE = r"train\.(?!bn\b)|domains\.|data\.(batch|augment)\b|losses\b|val\b"
-_CHANGEABLE_KEYS = "keys of train (but bn), domains, data.batch, data.augment, losses and val can be set"
 
 
 def run(
@@ -80,7 +74,8 @@ def run(
         model = extended(load_model(source, work=work), domain, len(names), start_from)
         if start_from is None:
             begin_as_source(model, backbone, recipe.backbone.adapters, [domain])
-    progress = fit(recipe, model, data, partial_path(out), own_backbone=own, workers=workers, only=domain)
+    scope = Scope(only=domain)
+    progress = fit(recipe, model, data, partial_path(out), own_backbone=own, workers=workers, scope=scope)
     if draft is not None:
         save_tensors(draft.path / "weights" / "last.safetensors", stored_tensors(model.to("cpu"), own))
         classes = {name: tuple(entry["classes"]) for name, entry in content["domains"].items()} | {domain: names}
@@ -149,12 +144,8 @@ def _recipe_for(
         **stored,
         "published": None,
         "domains": {domain: {"task": task}},
-        "losses": {k: v for k, v in stored["losses"].items() if k not in ("norm", "inf", "proj", "weights")},
+        "losses": plain_losses(stored),
         "train": train,
         "data": {**stored["data"], **alone, "augment": augment},
     }
-    for override in overrides:
-        if not re.match(_CHANGEABLE, override):
-            raise MdlError("the finished model settles this key", f"--set {override}", _CHANGEABLE_KEYS)
-        apply_override(content, override)
-    return validate(content, source.path)
+    return settled(content, overrides, source)

@@ -168,10 +168,21 @@ def _step_spec(step: Step, epoch: int, decay: float | None) -> StepSpec:
     return StepSpec(step.regime, updates, optimizer, ScheduleSpec(**schedule))
 
 
-def _for_one(spec: TrainSpec, domain: str) -> TrainSpec:
-    """The training of one domain of a finished model: statistics that domains share would move for all of them."""
-    own_norms = spec.bn in ("per_domain", "per_domain_stats")
-    return replace(spec, only=domain, bn=spec.bn if own_norms else "frozen")
+@dataclass(frozen=True)
+class Scope:
+    """What trains of a finished model, whose backbone and shared statistics stay as they are.
+
+    only: this domain's parts alone. shared_factors: of a compressed model, the factors that domains share too.
+    """
+
+    only: str | None = None
+    shared_factors: bool = False
+
+
+def _within(spec: TrainSpec, scope: Scope) -> TrainSpec:
+    """The training of a finished model: statistics that domains share would move for all of them."""
+    bn = spec.bn if spec.bn in ("per_domain", "per_domain_stats") else "frozen"
+    return replace(spec, only=scope.only, shared_factors=scope.shared_factors, bn=bn)
 
 
 def fit(
@@ -182,15 +193,15 @@ def fit(
     *,
     own_backbone: bool,
     workers: int,
-    only: str | None = None,
+    scope: Scope | None = None,
 ) -> Progress:
-    """Train `model` in `folder`, continuing from the checkpoints there. only: this domain's parts alone."""
+    """Train `model` in `folder`, continuing from the checkpoints there. scope: of a finished model's training."""
     from mdltool.model_store import stored_tensors
 
     world = join_world()
     order = order_of(recipe, {name: len(data[name].train_index) for name in recipe.domains})
     spec = train_spec(recipe, model.spec.bn, order, {name: part.clips for name, part in data.items()})
-    spec = _for_one(spec, only) if only is not None else spec
+    spec = _within(spec, scope) if scope is not None else spec
     classes = {name: data[name].train_index.classes for name in recipe.domains}
     objective = objective_of(recipe, model.backbone.feature_dim, classes, world, order)
     share = share_of(recipe, world.rank, world.size)

@@ -127,7 +127,7 @@ class Trainer:
         begin = 0
         for step in self.spec.steps:
             end = begin + step.updates
-            self.model.apply_regime(step.regime, self.spec.bn, self.spec.only)
+            self.model.apply_regime(step.regime, self.spec.bn, self.spec.only, self.spec.shared_factors)
             if begin < self.progress.update <= end and self.progress.update in self._validated:
                 self._validate(log)  # resumed: the checkpoint is of the moment before
             if self.progress.update < end:

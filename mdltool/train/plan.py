@@ -65,6 +65,7 @@ class TrainSpec:
     headlines: Mapping[str, Headline] = field(default_factory=dict)
     log_clips: bool = False
     only: str | None = None  # train this domain's parts alone
+    shared_factors: bool = False  # train the factors that domains of a compressed model share
 
     @property
     def total_updates(self) -> int:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mdltool.artifact import Artifact, Draft, Input, begin, open_artifact
 from mdltool.errors import Elsewhere, MdlError
 from mdltool.train.distributed import World, broadcast_object
+
+T = TypeVar("T")
 
 
 def begin_together(
@@ -38,6 +40,21 @@ def begin_together(
     if fault is not None:
         raise fault if world.is_main else Elsewhere(str(fault))
     return open_artifact(out, kind) if whole else draft
+
+
+def by_main(world: World, work: Callable[[], T]) -> T:
+    """What rank 0 makes, plain values, on every rank. Raises rank 0's MdlError on every rank."""
+    made: T | None = None
+    fault: MdlError | None = None
+    if world.is_main:
+        try:
+            made = work()
+        except MdlError as error:
+            fault = error
+    fault, made = broadcast_object((fault, made), world)
+    if fault is not None:
+        raise fault if world.is_main else Elsewhere(str(fault))
+    return made
 
 
 def open_together(world: World, out: Path, kind: str) -> Artifact:

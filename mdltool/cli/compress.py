@@ -1,0 +1,138 @@
+"""mdltool compress."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mdltool.cli import options
+from mdltool.cli.train import Resume
+from mdltool.errors import MdlError
+
+if TYPE_CHECKING:
+    from mdltool.artifact import Artifact
+
+
+def register(app: typer.Typer) -> None:
+    example = "Example: mdltool train --recipe omi_x3dm_all | mdltool compress --rank 0.5 | mdltool eval"
+    app.command("compress", epilog=example)(compress)
+
+
+def compress(
+    model: Annotated[
+        Path | None, typer.Argument(help="A model artifact (default: piped, or the latest).", metavar="[MODEL]")
+    ] = None,
+    rank: Annotated[
+        str | None,
+        typer.Option("--rank", help="Components of every weight: a number, or a fraction such as 0.5."),
+    ] = None,
+    energy: Annotated[
+        float | None, typer.Option("--energy", help="The fewest components that keep this part of the norm.")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option("--budget", help="The best within so many numbers: 300k, 1.2M, or 0.5x of dense.")
+    ] = None,
+    rank_mode: Annotated[
+        str, typer.Option("--rank-mode", help="What a fraction is of: per_domain (one matrix) or stacked.")
+    ] = "per_domain",
+    energy_scope: Annotated[
+        str, typer.Option("--energy-scope", help="Whose norm: joint, or worst (of every domain).")
+    ] = "joint",
+    min_rank: Annotated[int, typer.Option("--min-rank", min=0, help="With --budget; 0 may drop an adapter.")] = 1,
+    independent: Annotated[
+        bool, typer.Option("--independent", help="Each domain by itself: nothing is shared.")
+    ] = False,
+    finetune: Annotated[
+        int | None,
+        typer.Option("--finetune", min=1, help="Then train what is a domain's own for so many updates."),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="svd.KEY=VALUE, or with --finetune a key of the recipe's training; repeat it.",
+            metavar="KEY=VALUE",
+        ),
+    ] = None,
+    data: options.Data = None,
+    resume: Resume = False,
+    workers: options.Workers = None,
+    work: options.Work = None,
+    out: options.Out = None,
+    as_json: options.Json = False,
+) -> None:
+    """Factor a model's adapters so that its domains share a part of each: fewer numbers, nearly the same outputs.
+
+    --finetune runs the last step of the model's own recipe with what domains share frozen; --set changes it.
+    """
+    from mdltool import console
+    from mdltool.artifact import work_dir
+    from mdltool.cli.inputs import default_workers, resolve, shards_for
+
+    for value, known, option in ((rank_mode, _MODES, "--rank-mode"), (energy_scope, _SCOPES, "--energy-scope")):
+        if value not in known:
+            raise MdlError(f"'{value}' is not known", option, f"one of: {', '.join(known)}")
+    if sum(value is not None for value in (rank, energy, budget)) != 1:
+        raise MdlError("say how much is to be kept, in one way", "--rank, --energy, --budget", "e.g. --rank 0.5")
+    parsed = _rank(rank) if rank is not None else None
+    place = work_dir(work)
+    source = resolve(model, "model", place)
+
+    from mdltool.stages import compress as stage
+
+    svd, rest = stage.parse_svd(overrides or ())
+    if finetune is None and (rest or data or resume):
+        given = f"--set {rest[0]}" if rest else "--data" if data else "--resume"
+        raise MdlError("nothing is trained", given, "add --finetune UPDATES")
+    training = None
+    if finetune is not None:
+        shards = shards_for(data, place, list(source.load_json("model.json")["domains"]), ("train", "val"))
+        count = default_workers() if workers is None else workers
+        training = stage.Finetune(finetune, shards, rest, resume, count)
+    amount = stage.Amount(parsed, energy, budget, rank_mode, energy_scope, min_rank, independent)  # type: ignore[arg-type]
+    name = _label(rank, energy, budget, independent, finetune)
+    target = out or place / "model" / f"{source.path.resolve().name}-{name}"
+    artifact = stage.run(source, amount, target, work=place, svd=svd, finetune=training)
+    show(artifact)
+    console.emit(artifact, as_json)
+
+
+_MODES = ("per_domain", "stacked")
+_SCOPES = ("joint", "worst")
+
+
+def _rank(text: str) -> float:
+    """A whole number or a fraction."""
+    try:
+        return int(text) if text.isdigit() else float(text)
+    except ValueError:
+        fix = "a whole number from 1, or a fraction between 0 and 1"
+        raise MdlError(f"'{text}' is no rank", "--rank", fix) from None
+
+
+def _label(
+    rank: str | None, energy: float | None, budget: str | None, independent: bool, finetune: int | None
+) -> str:
+    """What an artifact's name says of the request: r0.5, e0.9-independent, b0.5x-ft200."""
+    amount = f"r{rank}" if rank is not None else f"e{energy:g}" if energy is not None else f"b{budget}"
+    return amount + ("-independent" if independent else "") + (f"-ft{finetune}" if finetune else "")
+
+
+def show(artifact: Artifact, to_stdout: bool = False) -> None:
+    """The table of a compressed model's weights, on stderr unless it is the command's result."""
+    from mdltool import console
+
+    rows: list[tuple[Any, ...]] = []
+    for row in artifact.load_json("compression.json")["weights"]:
+        rank = "" if row["rank"] is None else row["rank"]
+        cells = (row["form"], rank, row["full"], f"{100 * row['retained']:.1f}")
+        rows.append((row["site"], row["parameter"], *cells, f"{row['stored']:,}", f"{row['dense']:,}"))
+    found = artifact.summary["compressed"]
+    whole = (f"{100 * found['retained']:.1f}", f"{found['stored']:,}", f"{found['dense']:,}")
+    rows.append(("all", "", "", "", "", *whole))
+    columns = ("site", "weight", "form", "rank", "of", "energy %", "stored", "dense")
+    console.table(
+        f"{found['stored']:,} of {found['dense']:,} numbers ({found['ratio']:.3f})", columns, rows, to_stdout
+    )

@@ -1,0 +1,208 @@
+"""A model's adapters to factors and back: which weights, their decompositions, the tensors that are stored.
+
+It works on tensors by their stored names and needs no backbone (design, section 4). Joint: the matrices that the
+domains have of a weight share one factor. Independent: each domain's matrix is factored by itself, with one rank
+for all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mdltool.adapters.factored import Axes, FactoredWeight, FactorSpec, weight_of
+from mdltool.compress.joint_svd import Balance, Decomposition, Scale, decompose, project
+from mdltool.compress.ranks import Choice, Weight
+from mdltool.model import MultiDomainModel
+
+# svd.matricise of convolutions [C_o, C_i, (kt,) kh, kw]: the axes of the shared side; the adapter's own by default.
+MATRICISE = ("adapter", "out", "in", "filters", "separable", "basis")
+
+
+@dataclass(frozen=True)
+class SiteWeight:
+    """A weight that every domain has at a site, and how it is read as matrices. shape: of one domain's."""
+
+    site: str
+    parameter: str
+    axes: Axes
+    shape: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.site}/{self.parameter}"
+
+    def key(self, domain: str) -> str:
+        """The stored name of a domain's dense weight."""
+        return f"{domain}/{self.name}"
+
+    def keys(self, domain: str, independent: bool) -> tuple[str, str]:
+        """The stored names of the factors: the shared side's and the private one's."""
+        shared = f"{self.key(domain)}.basis" if independent else f"shared/{self.site}/factors.{self.parameter}"
+        return shared, f"{self.key(domain)}.private"
+
+
+@dataclass(frozen=True)
+class Decomposed:
+    """A weight's decompositions: one of all domains together, or each domain's own."""
+
+    weight: SiteWeight
+    independent: bool
+    parts: tuple[Decomposition, ...]
+
+    def for_ranks(self) -> Weight:
+        """What a choice of ranks needs of it. Independent matrices are a batch that takes one rank."""
+        if not self.independent:
+            return Weight.of(self.weight.name, self.parts[0])
+        longest = max(part.max_rank for part in self.parts)
+        held = torch.stack([_padded(part.energies, 0, longest) for part in self.parts])
+        heads, rows, columns = self.weight.axes.sizes(self.weight.shape)
+        batch = math.prod(heads) * len(self.parts)
+        return Weight(self.weight.name, rows, columns, 1, batch, held.sum(0), held)
+
+    def tensors(self, rank: int, scale: Scale) -> dict[str, Tensor]:
+        """The factors by their stored names, with zeros for components that are not there."""
+        found: dict[str, Tensor] = {}
+        for part in self.parts:
+            factors = part.truncate(min(rank, part.max_rank), scale=scale)
+            for domain, private in factors.private.items():
+                shared_key, private_key = self.weight.keys(domain, self.independent)
+                found[shared_key] = _padded(factors.shared, -1, rank)
+                found[private_key] = _padded(private, -2, rank)
+        return found
+
+    def retained(self, rank: int | None) -> dict[str, float]:
+        """Domain -> fraction of its squared norm that a rank retains; 1 of nothing."""
+        found: dict[str, float] = {}
+        for part in self.parts:
+            held = part.domain_energies(part.max_rank if rank is None else rank)
+            found |= {d: 1.0 if rank is None or not norm else held[d] / norm for d, norm in part.norms.items()}
+        return found
+
+
+def site_weights(model: MultiDomainModel, matricise: str = "adapter") -> list[SiteWeight]:
+    """What of a dense model's adapters is matrices; the model may be on the meta device."""
+    found = []
+    for site, wrapper in model.sites.items():
+        adapter = next(iter(wrapper.adapters.values()))
+        for parameter, axes in adapter.factor_rules().items():  # type: ignore[operator]
+            shape = tuple(weight_of(adapter, parameter).shape)
+            if matricise != "adapter" and len(shape) > 3:
+                axes = _convolution_axes(matricise, len(shape))
+            found.append(SiteWeight(site, parameter, axes, shape))
+    return found
+
+
+def _convolution_axes(matricise: str, ndim: int) -> Axes:
+    rows = {
+        "out": (0,),
+        "in": (1,),
+        "filters": tuple(range(1, ndim)),
+        "separable": (0, ndim - 2),
+        "basis": tuple(range(ndim)),
+    }
+    return Axes(rows[matricise])
+
+
+def decompositions(
+    weights: Iterable[SiteWeight],
+    tensors: Mapping[str, Tensor],
+    domains: Sequence[str],
+    *,
+    independent: bool = False,
+    balance: Balance = "none",
+    second_moments: Mapping[str, Mapping[str, Tensor]] | None = None,
+) -> dict[str, Decomposed]:
+    """By the weights' names. second_moments: weight's name -> domain -> of what enters it, where it is known.
+
+    Raises MdlError for matrices of different shapes and for values that are not finite.
+    """
+    found = {}
+    for weight in weights:
+        matrices = {domain: weight.axes.matrix(tensors[weight.key(domain)]) for domain in domains}
+        moments = (second_moments or {}).get(weight.name)
+        groups = [[domain] for domain in domains] if independent else [list(domains)]
+        parts = [
+            decompose({d: matrices[d] for d in group}, balance=balance, second_moments=moments) for group in groups
+        ]
+        found[weight.name] = Decomposed(weight, independent, tuple(parts))
+    return found
+
+
+def factored(
+    tensors: Mapping[str, Tensor], found: Mapping[str, Decomposed], choices: Mapping[str, Choice], scale: Scale
+) -> dict[str, Tensor]:
+    """A model's tensors with factors in the place of the weights that are not left dense."""
+    result = dict(tensors)
+    for name, entry in found.items():
+        rank = choices[name].rank
+        if rank is None:
+            continue
+        for part in entry.parts:
+            for domain in part.domains:
+                dtype = result.pop(entry.weight.key(domain)).dtype
+        result |= {key: value.to(dtype) for key, value in entry.tensors(rank, scale).items()}
+    return result
+
+
+def multiplied(
+    tensors: Mapping[str, Tensor], found: Mapping[str, Decomposed], choices: Mapping[str, Choice]
+) -> dict[str, Tensor]:
+    """A dense model's tensors with the products of the factors: the same function as the factored model's."""
+    result = dict(tensors)
+    for name, entry in found.items():
+        rank = choices[name].rank
+        if rank is None:
+            continue
+        for part in entry.parts:
+            factors = part.truncate(min(rank, part.max_rank))
+            for domain in part.domains:
+                key = entry.weight.key(domain)
+                dense = entry.weight.axes.weight(factors.product(domain), entry.weight.shape)
+                result[key] = dense.to(tensors[key].dtype)
+    return result
+
+
+def factor_specs(
+    found: Mapping[str, Decomposed], choices: Mapping[str, Choice]
+) -> dict[str, dict[str, FactorSpec]]:
+    """What ModelSpec says of the weights that are not left dense."""
+    specs: dict[str, dict[str, FactorSpec]] = {}
+    for name, entry in found.items():
+        rank = choices[name].rank
+        if rank is not None:
+            spec = FactorSpec(rank, entry.weight.axes, entry.independent)
+            specs.setdefault(entry.weight.site, {})[entry.weight.parameter] = spec
+    return specs
+
+
+def fit_factors(adapter: nn.Module, parameter: str, dense: Tensor) -> float:
+    """Set a factored weight of a domain to a dense one, as near as its factors allow; what domains share stays.
+
+    Returns the squared norm that is lost.
+    """
+    held = weight_of(adapter, parameter)
+    assert isinstance(held, FactoredWeight)
+    with torch.no_grad():
+        matrix, (shared, private) = held.axes.matrix(dense), held.factors()
+        if held.independent:
+            decomposition = decompose({"": matrix})
+            rank = private.shape[-2]
+            best = decomposition.truncate(min(rank, decomposition.max_rank))
+            shared.copy_(_padded(best.shared, -1, rank))
+            fitted = _padded(best.private[""], -2, rank)
+        else:
+            fitted, _ = project(matrix, shared)
+        private.copy_(fitted)
+        return float((matrix.double() - shared.double() @ fitted).square().sum())
+
+
+def _padded(tensor: Tensor, axis: int, size: int) -> Tensor:
+    """Zeros behind, so that an axis has a size."""
+    missing = list(tensor.shape)
+    missing[axis] = size - tensor.shape[axis]
+    return torch.cat([tensor, tensor.new_zeros(missing)], axis) if missing[axis] else tensor

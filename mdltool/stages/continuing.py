@@ -1,0 +1,61 @@
+"""Training that goes on from a finished model: what of its recipe holds, and what `--set` may change. No stage."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mdltool.artifact import Artifact
+from mdltool.errors import MdlError
+from mdltool.overrides import apply_override
+from mdltool.recipe import validate
+from mdltool.schema import Recipe
+from mdltool.stages.plan import order_of
+
+# What a recipe says of the training alone. The rest describes the network, its input or its test protocol.
+_CHANGEABLE = r"train\.(?!bn\b)|domains\.|data\.(batch|augment)\b|losses\b|val\b"
+_CHANGEABLE_KEYS = "keys of train (but bn), domains, data.batch, data.augment, losses and val can be set"
+
+
+def settled(content: dict[str, Any], overrides: Sequence[str], source: Artifact) -> Recipe:
+    """A recipe for training a finished model further, with overrides of what concerns the training alone.
+
+    Raises MdlError for a key that the model settles, and for every fault of the result.
+    """
+    for override in overrides:
+        if not re.match(_CHANGEABLE, override):
+            raise MdlError("the finished model settles this key", f"--set {override}", _CHANGEABLE_KEYS)
+        apply_override(content, override)
+    return validate(content, source.path)
+
+
+def plain_losses(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's losses without those that have parameters of their own, which a finished model has no more."""
+    return {k: v for k, v in stored["losses"].items() if k not in ("norm", "inf", "proj", "weights")}
+
+
+def finetuning(
+    stored: Mapping[str, Any], updates: int, clips: Mapping[str, int], overrides: Sequence[str], source: Artifact
+) -> Recipe:
+    """A model's recipe for `updates` more updates: its last step with everything shared frozen, the schedule's
+    milestones and warm-up at the same fractions of the way. clips: of each domain's training split.
+    """
+    recipe = Recipe.model_validate(stored)
+    last = recipe.train.steps[-1]
+    step, schedule = last.model_dump(mode="json"), last.schedule.model_dump(mode="json")
+    if schedule["unit"] == "epoch":
+        assert last.epochs is not None
+        whole, schedule["unit"] = last.epochs, "update"
+    else:
+        whole = last.updates or (last.epochs or 0) * order_of(recipe, clips).epoch
+    schedule["milestones"] = [max(1, round(m * updates / whole)) for m in schedule["milestones"]]
+    schedule["warmup"] = round(schedule["warmup"] * updates / whole)
+    step |= {"regime": "frozen", "updates": updates, "epochs": None, "schedule": schedule}
+    content = {
+        **stored,
+        "published": None,
+        "losses": plain_losses(stored),
+        "train": {**stored["train"], "steps": [step]},
+    }
+    return settled(content, overrides, source)
