@@ -6,7 +6,6 @@ Shape suffixes: B batch, C channels, then any number of axes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,13 +48,17 @@ def batch_norm(
     return y.to(x.dtype)
 
 
-class _Synchronised(nn.modules.batchnorm._BatchNorm):
+class Synchronisable(nn.Module):
+    """A module with BatchNorm statistics that takes them over all processes once it has a `reduce`."""
+
+    reduce: Reduce | None = None
+
+
+class _Synchronised(Synchronisable, nn.modules.batchnorm._BatchNorm):
     """A BatchNorm layer that `synchronise` has changed."""
 
-    reduce: Reduce
-
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
+        if not self.training or self.reduce is None:
             return super().forward(x)
         assert self.running_mean is not None
         assert self.running_var is not None
@@ -83,10 +86,8 @@ _SYNCHRONISED: dict[type[nn.Module], type[nn.Module]] = {
 
 def synchronise(net: nn.Module, reduce: Reduce) -> None:
     """Make every BatchNorm of a network take its statistics over all processes, in place; its state stays."""
-    module: Any
     for module in net.modules():
         if type(module) in _SYNCHRONISED:
             module.__class__ = _SYNCHRONISED[type(module)]
-            module.reduce = reduce
-        elif hasattr(module, "reduce"):  # adapters.domain_norm
+        if isinstance(module, Synchronisable):
             module.reduce = reduce

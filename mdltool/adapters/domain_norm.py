@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from mdltool.sync_norm import Reduce, batch_norm
+from mdltool.sync_norm import Synchronisable, batch_norm
 from mdltool.wrapping import DomainWrapper, Route, library_modules, replace
 
 BatchNorm = nn.BatchNorm2d | nn.BatchNorm3d
@@ -45,7 +45,7 @@ class DomainStatistics(nn.Module):
         self.num_batches_tracked.zero_()
 
 
-class DomainBatchNorm(DomainWrapper):
+class DomainBatchNorm(Synchronisable, DomainWrapper):
     """A backbone's BatchNorm that normalises each domain with that domain's statistics.
 
     affine: weight and bias are per domain too (`per_domain`); else shared (`per_domain_stats`). use_shared: be as
@@ -60,7 +60,6 @@ class DomainBatchNorm(DomainWrapper):
         self.affine = affine
         self.use_shared = False
         self.recalibrating = False
-        self.reduce: Reduce | None = None  # set by sync_norm.synchronise
         self.statistics = nn.ModuleDict({domain: DomainStatistics(inner, affine) for domain in domains})
 
     def forward(self, x: Tensor) -> Tensor:

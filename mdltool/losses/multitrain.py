@@ -70,20 +70,6 @@ class Update:
     gather: Callable[[Tensor], Tensor] | None = None
 
 
-@dataclass(frozen=True)
-class Objective:
-    """total: for backward. The rest is detached, for the log: losses: domain -> L_k, this call's part of it, for
-    domains that are present; variance, covariance: L_v and L_c of the whole batch. skipped: the batch has a single
-    clip and so no informative loss, which deserves a warning.
-    """
-
-    total: Tensor
-    losses: dict[str, Tensor]
-    variance: Tensor
-    covariance: Tensor
-    skipped: bool
-
-
 class MultitrainLoss(nn.Module):
     """Informative loss, projections and loss weights: everything that only training needs.
 
@@ -117,34 +103,6 @@ class MultitrainLoss(nn.Module):
         if informative and spec.informative_learned:
             self.informative_weights = UncertaintyWeights(_INFORMATIVE, spec.weights_half, spec.sigma_init)
 
-    def forward(
-        self,
-        z_BF: Tensor,
-        domain_B: Tensor,
-        logits: Mapping[str, Tensor],
-        targets: Tensor | Mapping[str, Tensor],
-        update: Update | None = None,
-    ) -> Objective:
-        """The objective of one call; arguments as of `classification` and `informative`.
-
-        update: None: these clips are the whole batch.
-        """
-        update = update or self.whole(domain_B)
-        total, losses = self.classification(domain_B, logits, targets, update)
-        informative, parts, skipped = self.informative(z_BF, update)
-        return Objective(
-            total + informative,
-            {name: loss.detach() for name, loss in losses.items()},
-            parts["variance"].detach(),
-            parts["covariance"].detach(),
-            skipped,
-        )
-
-    def whole(self, domain_B: Tensor) -> Update:
-        """The update that consists of these clips alone."""
-        counts = torch.bincount(domain_B, minlength=len(self.domains)).tolist()
-        return Update(len(domain_B), dict(zip(self.domains, counts, strict=True)))
-
     def classification(
         self,
         domain_B: Tensor,
@@ -163,29 +121,31 @@ class MultitrainLoss(nn.Module):
             clips = update.counts.get(name, 0)
             if clips == 0:
                 continue
-            rows_B, chosen = _rows(domain_B, k, targets if isinstance(targets, Tensor) else targets[name])
-            own = {domain: y_BC[rows_B] for domain, y_BC in logits.items()}
+            rows_N, chosen = _rows(domain_B, k, targets if isinstance(targets, Tensor) else targets[name])
+            heads = (name, *self.projections.sources(name))
+            own = {domain: logits[domain].index_select(0, rows_N) for domain in heads}
             spec = self.spec
             per_clip = projected_loss(own, name, chosen, self.projections, spec.proj_mode, spec.proj_weight)
             losses[name] = per_clip.sum() / (update.clips if spec.norm == "batch" else clips)
         terms = self.weights(losses, 1 / update.calls)
         return torch.stack(list(terms.values())).sum(), losses
 
-    def informative(self, z_BF: Tensor, update: Update) -> tuple[Tensor, dict[str, Tensor], bool]:
-        """(this call's part of the weighted terms, {"variance": L_v, "covariance": L_c}, whether it was skipped).
+    def informative(self, z_BF: Tensor, update: Update) -> tuple[Tensor, dict[str, Tensor]]:
+        """(this call's part of the weighted terms, {"variance": L_v, "covariance": L_c}); zeros where the whole
+        batch has a single clip.
 
         z_BF: embeddings of this call's clips. What is gathered is the expander's output.
         """
         if self.expander is None:
             zero = torch.zeros((), device=z_BF.device)
-            return zero, dict.fromkeys(_INFORMATIVE, zero), False
+            return zero, dict.fromkeys(_INFORMATIVE, zero)
         expanded_BF = full(self.expander(z_BF))
         if update.gather is not None:
             expanded_BF = update.gather(expanded_BF)
         variance, covariance = informative_loss(expanded_BF, self.spec.eps)
         parts = {"variance": variance, "covariance": covariance}
-        if not defined(expanded_BF):
-            return variance + covariance, parts, True
+        if not defined(expanded_BF):  # nothing to weigh: learned weights would fall for ever
+            return variance + covariance, parts
         share = 1 / update.calls
         terms = {
             "variance": self.spec.lambda_v * variance * share,
@@ -193,7 +153,7 @@ class MultitrainLoss(nn.Module):
         }
         if self.informative_weights is not None:
             terms = self.informative_weights(terms, share)
-        return terms["variance"] + terms["covariance"], parts, False
+        return terms["variance"] + terms["covariance"], parts
 
 
 def _check(spec: MultitrainSpec, domains: Mapping[str, int]) -> None:
@@ -213,8 +173,9 @@ def _weights(spec: MultitrainSpec, domains: Mapping[str, int]) -> UncertaintyWei
 
 
 def _rows(domain_B: Tensor, k: int, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """(which clips domain k's loss is about, their targets)."""
-    rows_B = domain_B == k
+    """(numbers of the N clips that domain k's loss is about, their targets)."""
+    about_B = domain_B == k
     if targets.is_floating_point():
-        rows_B = rows_B | (targets != 0).any(dim=1)
-    return rows_B, targets[rows_B]
+        about_B = about_B | (targets != 0).any(dim=1)
+    rows_N = about_B.nonzero().squeeze(1)
+    return rows_N, targets.index_select(0, rows_N)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ import yaml
 
 from mdltool.artifact import Artifact, Draft, partial_path
 from mdltool.files import write_text
-from mdltool.model import build_model, reuse_classifier
+from mdltool.model import MultiDomainModel, build_model, reuse_classifier
+from mdltool.model_spec import ModelSpec
 from mdltool.model_store import (
     backbone_with_weights,
     changes_backbone,
@@ -57,11 +58,7 @@ def run(
     seeded(recipe.train.seed)
     classes = {name: d.train_index.classes for name, d in data.items()}
     with draft or nullcontext():
-        model = build_model(spec, backbone_with_weights(spec, source))
-        if recipe.heads.reuse_pretrained and source is not None:
-            pretrained = source.load_json("backbone.json").get("classes", [])
-            reuse_classifier(model, {n: list(c) for n, c in classes.items()}, pretrained)
-        begin_as_source(model, source, recipe.backbone.adapters, spec.domains)
+        model = _initial(recipe, spec, source, classes)
     regimes: set[str] = {step.regime for step in recipe.train.steps}
     # Random weights have no artifact to point at, so they are stored whatever the regime.
     own_backbone = source is None or changes_backbone(regimes, spec.bn)
@@ -74,6 +71,18 @@ def run(
         write_text(draft.path / "recipe.yaml", yaml.safe_dump(request, sort_keys=False))
         _commit(draft, recipe, data, progress, counts)
     return open_together(world, out, "model")
+
+
+def _initial(
+    recipe: Recipe, spec: ModelSpec, source: Artifact | None, classes: Mapping[str, Sequence[str]]
+) -> MultiDomainModel:
+    """The model before training, with what it takes over from its backbone's."""
+    model = build_model(spec, backbone_with_weights(spec, source))
+    if recipe.heads.reuse_pretrained and source is not None:
+        pretrained = source.load_json("backbone.json").get("classes", [])
+        reuse_classifier(model, {n: list(c) for n, c in classes.items()}, pretrained)
+    begin_as_source(model, source, recipe.backbone.adapters, spec.domains)
+    return model
 
 
 def _commit(

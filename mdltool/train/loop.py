@@ -30,7 +30,7 @@ from mdltool.train.average import Average
 from mdltool.train.checkpoint import load_checkpoint, restore_optimizer, save_checkpoint, save_tensors
 from mdltool.train.distributed import broadcast_object, share_buffers, sum_gradients, sum_over_ranks
 from mdltool.train.log import MetricsLog
-from mdltool.train.objective import Clips, MultitrainObjective, Objective
+from mdltool.train.objective import Clips, Objective
 from mdltool.train.optim import learning_rate, make_optimizer
 from mdltool.train.plan import Headline, Progress, RunParts, StepSpec, TrainSpec
 from mdltool.train.tally import Line, Tally, domains_of, update_counts
@@ -214,7 +214,6 @@ class Trainer:
         return lines
 
     def _first_pass(self, update: int, batches: Sequence[Batch]) -> dict[str, Tensor]:
-        assert isinstance(self.objective, MultitrainObjective)
         accelerator = self.run_parts.accelerator
 
         def backward(loss: Tensor) -> float:

@@ -75,6 +75,20 @@ class Objective(nn.Module, ABC):
     def forward(self, model: MultiDomainModel, clips: Clips, number: int = 0) -> Part:
         """Part of the objective of an update's micro-batch of that number."""
 
+    def prepare(
+        self,
+        model: MultiDomainModel,
+        batches: Sequence[Callable[[], Clips]],
+        counts: Mapping[str, int],
+        backward: Callable[[Tensor], float],
+    ) -> dict[str, Tensor]:
+        """The first of two passes over an update's micro-batches. Returns terms for the log.
+
+        batches: make a micro-batch and seed what its forward draws. counts: clips of the update by domain.
+        backward: back-propagates and returns the factor by which it scaled the loss.
+        """
+        return {}
+
     def weightless(self) -> list[nn.Parameter]:
         """Parameters without weight decay that gradient clipping leaves out."""
         return []
@@ -157,7 +171,7 @@ class MultitrainObjective(Objective):
         if self.two_passes:
             total = total + (full(z_BF) * self._gradients[number]).sum()
         else:
-            informative, terms, _ = self.criterion.informative(z_BF, whole)
+            informative, terms = self.criterion.informative(z_BF, whole)
             total = total + informative
             parts = terms if self.criterion.expander is not None else {}
         if isinstance(self.criterion.weights, UncertaintyWeights):
@@ -175,11 +189,9 @@ class MultitrainObjective(Objective):
         counts: Mapping[str, int],
         backward: Callable[[Tensor], float],
     ) -> dict[str, Tensor]:
-        """The first pass: the gradient of the informative loss with respect to every embedding.
+        """The gradient of the informative loss with respect to every embedding.
 
-        batches: make a micro-batch and seed what its forward draws. counts: clips of the update by domain.
-        backward: back-propagates and returns the factor by which it scaled the loss. BatchNorm statistics are put
-        back, since the second pass moves them again. Returns the informative terms, for the log.
+        BatchNorm statistics are put back, since the second pass moves them again.
         """
         self._counts = counts
         kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
@@ -192,7 +204,7 @@ class MultitrainObjective(Objective):
                 buffer.copy_(value)
         leaf_BF = full(torch.cat(found)).requires_grad_()
         whole = Update(sum(counts.values()), counts, self.processes, self.gather)
-        total, parts, _ = self.criterion.informative(leaf_BF, whole)
+        total, parts = self.criterion.informative(leaf_BF, whole)
         scale = backward(total)
         assert leaf_BF.grad is not None
         self._gradients = (leaf_BF.grad / scale).split([len(z_BF) for z_BF in found])
