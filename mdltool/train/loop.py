@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -33,6 +32,8 @@ from mdltool.train.log import MetricsLog
 from mdltool.train.objective import Clips, Objective
 from mdltool.train.optim import learning_rate, make_optimizer
 from mdltool.train.plan import Headline, Progress, RunParts, StepSpec, TrainSpec
+from mdltool.train.recalibrate import recalibrate
+from mdltool.train.signals import stop_signals
 from mdltool.train.tally import Line, Tally, domains_of, update_counts
 from mdltool.types import Batch
 
@@ -76,9 +77,10 @@ class Trainer:
         self._start_together()
         log = MetricsLog(self.folder, self.progress.update, self.run_parts.accelerator, self.world)
         try:
-            with _stop_signals() as stopped, self._bar() as advance:
+            with stop_signals() as stopped, self._bar() as advance:
                 self._run_steps(log, stopped, advance)
-            self._recalibrate()
+            if self.spec.bn == "recalibrate":
+                self._recalibrate()
             if self.progress.update not in self._validated:
                 self._validate(log)
         finally:
@@ -186,8 +188,7 @@ class Trainer:
         optimizer.zero_grad(set_to_none=True)
         started = time.monotonic()
         tally = Tally(self.spec.domains, self.spec.batches)
-        taken: Iterable[Batch] = itertools.islice(batches, self.run_parts.per_update)
-        taken = _timed(taken, tally)
+        taken: Iterable[Batch] = tally.timed(itertools.islice(batches, self.run_parts.per_update))
         if self.objective.two_passes:
             taken = list(taken)
             tally.terms |= self._first_pass(update, taken)
@@ -283,6 +284,12 @@ class Trainer:
                 owned[owner if owner in owned else ""][key] = tensor
         share_buffers(owned, self._seen, self.world)
 
+    def _recalibrate(self) -> None:
+        updates = self.spec.recalibrate_batches
+        batches = self.run_parts.loader(max(0, self.spec.total_updates - updates))
+        reduce = sum_over_ranks if self.world.size > 1 else None
+        recalibrate(self.model, itertools.islice(batches, updates * self.run_parts.per_update), self.device, reduce)
+
     def _validate(self, log: MetricsLog) -> None:
         """Score the validation split; keep the best weights, by the mean of the headlines (errors count less)."""
         if self.run_parts.validate is None:
@@ -310,58 +317,7 @@ class Trainer:
                 if self.world.is_main:
                     save_tensors(self.folder / "weights" / "best.safetensors", self.run_parts.stored(self.model))
 
-    def _recalibrate(self) -> None:
-        """`bn: recalibrate`: estimate each domain's BatchNorm statistics by forward passes (spec omi_mdl 6.4)."""
-        if self.spec.bn != "recalibrate":
-            return
-        norms = list(self.model.norms.values())
-        for norm in norms:
-            norm.use_shared = False
-            norm.recalibrating = True
-            norm.reduce = sum_over_ranks if self.world.size > 1 else None
-            norm.reset_statistics()
-        self.model.eval()
-        for norm in norms:
-            norm.train()
-        updates = self.spec.recalibrate_batches
-        batches = iter(self.run_parts.loader(max(0, self.spec.total_updates - updates)))
-        with torch.no_grad():
-            for batch in itertools.islice(batches, updates * self.run_parts.per_update):
-                self.model.features(batch.frames.to(self.device), batch.domain)
-        for norm in norms:
-            norm.recalibrating = False
-        self.model.eval()
-
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors whose keys begin with a prefix, without it."""
     return {key[len(prefix) :]: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-
-
-def _timed(batches: Iterable[Batch], tally: Tally) -> Iterator[Batch]:
-    """The batches; how long they kept their taker waiting goes to the tally."""
-    iterator = iter(batches)
-    while True:
-        started = time.monotonic()
-        batch = next(iterator, None)
-        tally.waited += time.monotonic() - started
-        if batch is None:
-            return
-        yield batch
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """SIGTERM and SIGUSR1 ask for a checkpoint after the current update. Yields "was there one?"."""
-    caught: list[int] = []
-    previous = {}
-    try:
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            previous[number] = signal.signal(number, lambda received, _: caught.append(received))
-    except ValueError:  # not the main thread: the caller owns the signals
-        previous = {}
-    try:
-        yield lambda: bool(caught)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

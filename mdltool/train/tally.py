@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -40,6 +41,17 @@ class Tally:
     skipped: dict[str | None, dict[str, str]] = field(default_factory=dict)
     _losses: list[tuple[int, str, Tensor, int]] = field(default_factory=list)
     _keys: dict[tuple[int, str], list[str]] = field(default_factory=dict)
+
+    def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches; how long they keep their taker waiting is counted."""
+        iterator = iter(batches)
+        while True:
+            started = time.monotonic()
+            batch = next(iterator, None)
+            self.waited += time.monotonic() - started
+            if batch is None:
+                return
+            yield batch
 
     def add(self, batch: Batch, part: Part) -> None:
         """Count a micro-batch."""
