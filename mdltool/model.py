@@ -61,9 +61,12 @@ class MultiDomainModel(nn.Module):
         # A head of two layers has its dropout between them.
         self.dropout = nn.Dropout(spec.dropout if spec.head == "linear" else 0.0)
         self.heads = nn.ModuleDict({d: _head(spec, backbone.feature_dim, n) for d, n in spec.domains.items()})
-        mean, std = torch.tensor(backbone.mean), torch.tensor(backbone.std)
-        self.register_buffer("mean", mean.view(1, 3, 1, 1, 1), persistent=False)
-        self.register_buffer("std", std.view(1, 3, 1, 1, 1), persistent=False)
+        # Of pixels: the backbone's first, which is everyone's without its own, then each domain's.
+        usual = {"mean": list(backbone.mean), "std": list(backbone.std)}
+        rows = [usual, *(spec.normalize.get(domain, usual) for domain in spec.domains)]
+        for name in ("mean", "std"):
+            values = torch.tensor([row[name] for row in rows]).view(-1, 3, 1, 1, 1)
+            self.register_buffer(name, values, persistent=False)
         self.mean: Tensor
         self.std: Tensor
 
@@ -96,7 +99,7 @@ class MultiDomainModel(nn.Module):
         else:
             self.route.serve(None, tuple(counts.items()))
         order = [i for domain in counts for i, name in enumerate(domains) if name == domain]
-        features_BPF = self._run(frames_BCTHW if order == sorted(order) else frames_BCTHW[order])
+        features_BPF = self._run(frames_BCTHW if order == sorted(order) else frames_BCTHW[order], counts.items())
         parts = zip(counts, features_BPF.split(list(counts.values())), strict=True)
         logits = [row for domain, part_BPF in parts for row in self.logits(part_BPF, domain)]
         return [row for _, row in sorted(zip(order, logits, strict=True), key=lambda entry: entry[0])]
@@ -104,12 +107,17 @@ class MultiDomainModel(nn.Module):
     def features(self, frames_BCTHW: Tensor, domain: str | None) -> Tensor:
         """[B, P, F] of clips; domain None: of several domains, for a model that all of it is shared by."""
         self.route.serve(domain)
-        return self._run(frames_BCTHW)
+        return self._run(frames_BCTHW, [(domain, len(frames_BCTHW))])
 
-    def _run(self, frames_BCTHW: Tensor) -> Tensor:
-        """[B, P, F] of clips of what the route says."""
+    def _run(self, frames_BCTHW: Tensor, counts: Iterable[tuple[str | None, int]]) -> Tensor:
+        """[B, P, F] of clips of what the route says. counts: (domain, its clips, which are adjacent)."""
         if frames_BCTHW.dtype == torch.uint8:
-            frames_BCTHW = (frames_BCTHW.to(self.mean.dtype) / 255 - self.mean) / self.std
+            mean, std = self.mean[:1], self.std[:1]
+            if self.spec.normalize:
+                names = [None, *self.spec.domains]
+                rows = [names.index(domain) for domain, clips in counts for _ in range(clips)]
+                mean, std = self.mean[rows], self.std[rows]
+            frames_BCTHW = (frames_BCTHW.to(mean.dtype) / 255 - mean) / std
         features_BPF: Tensor = self.backbone(frames_BCTHW)
         return features_BPF
 

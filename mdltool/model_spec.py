@@ -59,7 +59,8 @@ class ModelSpec:
 
     domains: name -> number of head outputs. bn: how the backbone's BatchNorms treat domains. fused: of a fused
     model, which has one domain and no adapters. factors: site -> parameter of its adapters -> how a compressed
-    model stores it; dense where there is nothing.
+    model stores it; dense where there is nothing. normalize: of domains whose pixels are not normalised as the
+    backbone's, {"mean": [3], "std": [3]} of values 0..1.
     """
 
     backbone: str
@@ -77,6 +78,7 @@ class ModelSpec:
     logit_dropout: bool = False
     fused: FusedSpec | None = None
     factors: dict[str, dict[str, FactorSpec]] = field(default_factory=dict)
+    normalize: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -102,11 +102,19 @@ def refuse_fused(content: Mapping[str, Any], where: object) -> None:
         )
 
 
-def extended(model: MultiDomainModel, domain: str, outputs: int, start_from: str | None = None) -> MultiDomainModel:
+def extended(
+    model: MultiDomainModel,
+    domain: str,
+    outputs: int,
+    start_from: str | None = None,
+    normalize: Mapping[str, dict[str, list[float]]] | None = None,
+) -> MultiDomainModel:
     """The model with one more domain; every old tensor is the same. start_from: the domain whose adapters and
-    BatchNorm statistics the new one's begin as, instead of fresh ones and the backbone's own.
+    BatchNorm statistics the new one's begin as, instead of fresh ones and the backbone's own. normalize: of the new
+    domain, as ModelSpec has it.
     """
-    spec = replace(model.spec, domains={**model.spec.domains, domain: outputs})
+    domains, own_pixels = {**model.spec.domains, domain: outputs}, {**model.spec.normalize, **(normalize or {})}
+    spec = replace(model.spec, domains=domains, normalize=own_pixels)
     larger = build_model(spec)
     old, own = model.tensors(), larger.tensors()
     with torch.no_grad():
@@ -132,7 +140,8 @@ def _begin_factors(model: MultiDomainModel, domain: str) -> None:
 def reduced(model: MultiDomainModel, domain: str) -> MultiDomainModel:
     """The model without a domain; every other tensor is the same."""
     kept = {name: outputs for name, outputs in model.spec.domains.items() if name != domain}
-    smaller = build_model(replace(model.spec, domains=kept))
+    normalize = {name: values for name, values in model.spec.normalize.items() if name in kept}
+    smaller = build_model(replace(model.spec, domains=kept, normalize=normalize))
     old = model.tensors()
     smaller.load_tensors({key: old[key] for key in smaller.tensors()}, domain)
     return smaller.eval()

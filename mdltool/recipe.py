@@ -186,12 +186,36 @@ def _cross_faults(recipe: Recipe) -> list[str]:
     for key, side in (("views", recipe.views.short_side), ("val", recipe.val.short_side)):
         if side is not None and side < recipe.data.crop:
             faults.append(f"{key}.short_side: {side} is below data.crop ({recipe.data.crop})")
+    faults += _domain_faults(recipe)
     trains = {step.regime for step in recipe.train.steps}
     if trains == {"adapters"} and not recipe.adapters:
         faults.append("train.steps: regime 'adapters' without adapters trains nothing")
     if recipe.heads.type == "mlp" and recipe.heads.reuse_pretrained:
         faults.append("heads.reuse_pretrained: a pretrained classifier is one layer, which type: mlp does not take")
     return faults + _training_faults(recipe) + _norm_faults(recipe)
+
+
+def _domain_faults(recipe: Recipe) -> list[str]:
+    """What the domains' own keys do not go with."""
+    faults = []
+    augment, mixed = recipe.data.augment, recipe.train.batches == "mixed"
+    for name, part in recipe.domains.items():
+        crop = recipe.crop_of(name)
+        sides = {"views": recipe.test_side_of(name), "val": recipe.val_side_of(name)}
+        if part.augment == "recipe" and augment.crop == "short_side" and augment.short_side:
+            sides["data.augment"] = part.short_side or augment.short_side[0]
+        small = [f"{key} ({side})" for key, side in sides.items() if side < crop]
+        if small and (part.crop or part.short_side):
+            key = "crop" if part.crop else "short_side"
+            faults.append(f"domains.{name}.{key}: crops of {crop} are above the shorter side of {', '.join(small)}")
+        if mixed and (crop != recipe.data.crop or part.normalize is not None):
+            key = "crop" if crop != recipe.data.crop else "normalize"
+            faults.append(f"domains.{name}.{key}: the clips of mixed batches are all alike; leave it out")
+        if recipe.data.per_class is not None and part.task != "single_label":
+            faults.append(
+                f"data.per_class: the clips of {name}, of {part.task}, are of no single class; use fraction"
+            )
+    return faults
 
 
 def _norm_faults(recipe: Recipe) -> list[str]:

@@ -63,10 +63,19 @@ class BackbonePart(OpenPart):
     adapters: Literal["copy", "ignore"] = "copy"
 
 
+class NormalizePart(Part):
+    """Mean and deviation of a data set's pixels, RGB, of values 0..1."""
+
+    mean: tuple[Fraction, Fraction, Fraction]
+    std: tuple[Above, Above, Above]
+
+
 class DomainPart(Part):
     """classes: how many; needed by `describe`, otherwise read from the shards and checked against them. weight: of
-    the domain's loss. weight_decay: of its own parameters, where it is not the optimizer's. sampling, flip, views:
-    of this domain, where they are not those of `data.sampling`, `data.augment.flip` and `views.grid`.
+    the domain's loss. weight_decay: of its own parameters, where it is not the optimizer's. sampling, flip, views,
+    crop: of this domain, where they are not those of `data.sampling`, `data.augment.flip`, `views.grid` and
+    `data.crop`. short_side: of this domain's frames, in training and in every test. augment: `none` trains on the
+    centre crop of the test protocol, without flips and all else. normalize: where it is not the backbone's.
     """
 
     task: str = "single_label"
@@ -76,6 +85,10 @@ class DomainPart(Part):
     sampling: SamplingPart | None = None
     flip: Fraction | None = None
     views: Grid | None = None
+    crop: Positive | None = None
+    short_side: Positive | None = None
+    augment: Literal["recipe", "none"] = "recipe"
+    normalize: NormalizePart | None = None
 
 
 class AdapterPart(OpenPart):
@@ -305,7 +318,8 @@ class ProportionsPart(Part):
 
 class Data(Part):
     """frames and crop: the clip's shape. batch: clips per batch, one number or one per domain; of mixed batches,
-    one number for all domains together.
+    one number for all domains together. fraction, per_class: how much of every training split is used, a share of
+    each class or so many clips of it; subset_seed: which ones.
     """
 
     frames: Positive
@@ -314,6 +328,15 @@ class Data(Part):
     augment: Augment
     batch: Positive | dict[str, Positive]
     proportions: ProportionsPart | None = None
+    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    per_class: Positive | None = None
+    subset_seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _one_subset(self) -> Data:
+        if self.fraction != 1 and self.per_class is not None:
+            raise ValueError("give either fraction or per_class")
+        return self
 
 
 class Validation(Part):
@@ -355,3 +378,15 @@ class Recipe(Part):
     def batch_of(self, domain: str) -> int:
         """Clips of one domain in one batch step."""
         return self.data.batch if isinstance(self.data.batch, int) else self.data.batch[domain]
+
+    def crop_of(self, domain: str) -> int:
+        """Pixels of a side of one domain's crops."""
+        return self.domains[domain].crop or self.data.crop
+
+    def test_side_of(self, domain: str) -> int:
+        """The shorter side in the test protocol of one domain."""
+        return self.domains[domain].short_side or self.views.short_side
+
+    def val_side_of(self, domain: str) -> int:
+        """The shorter side in the validation of one domain."""
+        return self.domains[domain].short_side or self.val.short_side or self.views.short_side

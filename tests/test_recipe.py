@@ -74,6 +74,11 @@ def test_all_faults_are_reported_together_with_paths_and_nearest_keys() -> None:
         ("train.steps.0.regime", "jont", "train.steps.0.regime"),
         ("train.steps", [], "train.steps"),
         ("data.frames", 0, "data.frames"),
+        ("data.fraction", 0, "data.fraction"),
+        ("domains.chalk.crop", 61, "domains.chalk.crop: crops of 61 are above the shorter side of views (60), val"),
+        ("domains.chalk.short_side", 40, "domains.chalk.short_side: crops of 56 are above the shorter side"),
+        ("domains.chalk.normalize", {"mean": [1, 1, 2], "std": [1, 1, 1]}, "domains.chalk.normalize.mean.2"),
+        ("domains.chalk.augment", "centre", "domains.chalk.augment"),
         ("domains.chalk.task", "regresion", "there is no task 'regresion'; did you mean 'regression'?"),
     ],
 )
@@ -116,6 +121,25 @@ def test_defaults_may_be_stated() -> None:
         load("tiny_multitrain", changes),
     ):
         assert validate(recipe.model_dump(mode="json"), recipe.name) == recipe
+
+
+def test_a_subset_is_a_share_or_a_number_of_each_class() -> None:
+    bad = content()
+    bad["data"] |= {"fraction": 0.5, "per_class": 3}
+    assert "give either fraction or per_class" in faults(bad)
+    bad["data"]["fraction"] = 1.0
+    bad["domains"]["neon"]["task"] = "multi_label"
+    assert "data.per_class: the clips of neon, of multi_label, are of no single class" in faults(bad)
+
+
+def test_clips_of_mixed_batches_are_alike() -> None:
+    bad = content()
+    bad["adapters"], bad["train"]["batches"], bad["train"]["bn"] = [], "mixed", "shared"
+    bad["domains"]["chalk"]["crop"] = 48
+    bad["domains"]["neon"]["normalize"] = {"mean": [0.5] * 3, "std": [0.2] * 3}
+    text = faults(bad)
+    assert "domains.chalk.crop: the clips of mixed batches are all alike" in text
+    assert "domains.neon.normalize: the clips of mixed batches are all alike" in text
 
 
 def test_overrides_reach_lists_and_new_keys() -> None:

@@ -1,4 +1,4 @@
-"""mdltool synth: generated video domains."""
+"""mdltool synth: generated domains."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def register(app: typer.Typer) -> None:
 
 
 def synth(
-    out: Annotated[Path, typer.Option("--out", help="Directory for the videos.")],
+    out: Annotated[Path, typer.Option("--out", help="Directory for the videos or images.")],
     domains: Annotated[
         str, typer.Option(help="Of chalk, neon, field, paper, dusk, mosaic; comma-separated.")
     ] = "chalk,neon,field",
@@ -23,6 +23,9 @@ def synth(
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same files.")] = 0,
     splits: Annotated[str, typer.Option(help="Comma-separated.")] = "train,val",
     workers: Annotated[int | None, typer.Option(min=1, help="Processes (default: one per core).")] = None,
+    images: Annotated[
+        bool, typer.Option("--images", help="PNG images, of the classes that a single frame shows.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write generated video domains: OUT/<domain>/<split>/<class>/<clip>.mp4.
@@ -33,7 +36,7 @@ def synth(
     from mdltool import console
     from mdltool.data.synth import write_domains
 
-    written = write_domains(out, domains.split(","), clips_per_class, seed, splits.split(","), workers)
+    written = write_domains(out, domains.split(","), clips_per_class, seed, splits.split(","), workers, images)
     if as_json:
         console.result_json(
             {

@@ -75,9 +75,9 @@ def trim_of(metadata: dict[str, Any]) -> tuple[float, float] | None:
 class TrainLoader:
     """This process's micro-batches, from `start_update` to before `updates`, in the order of `order`.
 
-    streams: the order's domains; all with the same number of frames and the same crop. A clip that cannot be
-    decoded gives way to the next of its permutation, and Batch.skipped says so. per_update: micro-batches of an
-    update.
+    streams: the order's domains; those of one batch have the same number of frames and the same crop. A clip that
+    cannot be decoded gives way to the next of its permutation, and Batch.skipped says so. per_update: micro-batches
+    of an update.
 
     Raises MdlError for shards without clips, a batch that cannot be shared, and, while iterating, for shards that
     are damaged or hold no clip that decodes.
@@ -218,7 +218,7 @@ class _Batches(Dataset[Batch]):
         self.readers = readers
 
     def __getitem__(self, request: _Request) -> Batch:
-        reader = self.readers[0]
+        reader = self.readers[request.rows[0].stream]
         crop = reader.transform.crop
         frames = _empty((len(request.rows), 3, reader.sampling.num_frames, crop, crop))
         labels, keys, skipped = [], [], []

@@ -1,4 +1,4 @@
-"""Generated video domains: real H.264 files of moving figures, for the demo and for tests.
+"""Generated domains: real H.264 files of moving figures, or images of them, for the demo and for tests.
 
 Half of a domain's classes are told by what the figure is, and it wobbles without direction. The other half come
 in pairs that are exact time reversals of each other: clip i of one is clip i of the other played backwards, so a
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from mdltool import console
 from mdltool.data.encode import REPRODUCIBLE_H264
+from mdltool.data.image import shrunk, write_image
 from mdltool.data.synth_figures import APPEARANCE, MOVERS, Figure
 from mdltool.data.synth_looks import LOOKS, Look, paint_background, smooth_noise
 from mdltool.errors import MdlError
@@ -50,6 +51,7 @@ REVERSED: dict[str, str] = {
 }
 _MOTIONS = {name: motion for motion, pair in _PAIRS.items() for name in pair}
 _REQUEST = "synth.json"
+_IMAGE_SIDE = 72  # the shorter one, as the Visual Decathlon has it
 
 
 @dataclass(frozen=True)
@@ -98,9 +100,11 @@ def write_domains(
     seed: int,
     splits: Sequence[str] = ("train", "val"),
     workers: int | None = None,
+    images: bool = False,
 ) -> Written:
     """Write `out/<domain>/<split>/<class>/<class>_<number>.mp4`, H.264, a keyframe every 16 frames.
 
+    images: PNG files of one frame in their place, of the classes of appearance alone, with a shorter side of 72.
     The split `train` gets clips_per_class clips of every class, any other half as many (at least one); instances
     of different splits differ. The same arguments give the same bytes whatever the number of workers (default:
     one per core), and finished files of an interrupted call are kept.
@@ -108,15 +112,16 @@ def write_domains(
     """
     _check(domains, clips_per_class, splits)
     request = {"domains": list(domains), "clips_per_class": clips_per_class, "seed": seed, "splits": list(splits)}
-    _claim(out, request)
-    jobs = [job for domain in domains for job in _jobs(out, domain, clips_per_class, seed, splits)]
+    _claim(out, request | ({"images": True} if images else {}))
+    jobs = [job for domain in domains for job in _jobs(out, domain, clips_per_class, seed, splits, images)]
     missing = [job for job in jobs if not all(path.is_file() for path in job.paths)]
     total = sum(len(job.paths) for job in missing)
     with console.progress("synth", total) as advance, _mapped(missing, workers) as finished:
         for written in finished:
             advance(written)
     clips = sum(len(job.paths) for job in jobs)
-    return Written(out, {domain: domain_classes(domain) for domain in domains}, clips)
+    classes = {domain: LOOKS[domain].appearance if images else domain_classes(domain) for domain in domains}
+    return Written(out, classes, clips)
 
 
 def _look(domain: str) -> Look:
@@ -162,17 +167,20 @@ class _Job:
     paths: tuple[Path, ...]
 
 
-def _jobs(out: Path, domain: str, clips_per_class: int, seed: int, splits: Sequence[str]) -> Iterator[_Job]:
+def _jobs(
+    out: Path, domain: str, clips_per_class: int, seed: int, splits: Sequence[str], images: bool
+) -> Iterator[_Job]:
     look = LOOKS[domain]
+    courses, suffix = (look.appearance, "png") if images else (look.appearance + look.motions, "mp4")
     for split in splits:
         count = clips_per_class if split == "train" else max(1, clips_per_class // 2)
-        for course in look.appearance + look.motions:
+        for course in courses:
             folders = [out / domain / split / cls for cls in _played(course)]
             for folder in folders:
                 folder.mkdir(parents=True, exist_ok=True)
             for number in range(count):
                 digest = hashlib.sha256(f"{seed}/{split}/{number}".encode()).digest()
-                paths = tuple(folder / f"{folder.name}_{number:04d}.mp4" for folder in folders)
+                paths = tuple(folder / f"{folder.name}_{number:04d}.{suffix}" for folder in folders)
                 yield _Job(domain, course, int.from_bytes(digest[:6], "big"), paths)
 
 
@@ -189,7 +197,14 @@ def _mapped(jobs: Sequence[_Job], workers: int | None) -> Iterator[Iterable[int]
 
 def _write(job: _Job) -> int:
     """Write the files of one job, each whole or not at all; returns their number."""
-    frames = _play(job.domain, job.course, job.instance_seed)
+    still = job.paths[0].suffix == ".png"
+    frames = _play(job.domain, job.course, job.instance_seed, 1 if still else None)
+    if still:
+        (path,) = job.paths
+        partial = path.with_name(f".{path.name}")
+        write_image(shrunk(frames[0], _IMAGE_SIDE), partial)
+        os.replace(partial, path)
+        return 1
     for path, clip in zip(job.paths, (frames, frames[::-1]), strict=False):
         partial = path.with_suffix(".part")
         _encode(clip, LOOKS[job.domain].fps, partial)
@@ -217,11 +232,11 @@ def _played(course: str) -> tuple[str, ...]:
     return _PAIRS.get(course, (course,))
 
 
-def _play(domain: str, course: str, instance_seed: int) -> Frames:
-    """The clip of an appearance class, or of a motion forwards."""
+def _play(domain: str, course: str, instance_seed: int, num_frames: int | None = None) -> Frames:
+    """The clip of an appearance class, or of a motion forwards. num_frames: None draws it."""
     look = LOOKS[domain]
     rng = np.random.default_rng([zlib.crc32(f"{domain}/{course}".encode()), instance_seed])
-    num_frames = round(look.fps * rng.uniform(2.7, 3.3))
+    num_frames = num_frames or round(look.fps * rng.uniform(2.7, 3.3))
     track = _follow(look, course, num_frames, rng)
     figures = MOVERS.get(course) or (APPEARANCE[course],)
     figure = figures[rng.integers(len(figures))]

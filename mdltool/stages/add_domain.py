@@ -28,6 +28,7 @@ from mdltool.schema import Recipe
 from mdltool.source_adapters import begin_as_source
 from mdltool.stages.continuing import plain_losses, settled
 from mdltool.stages.fitting import Scope, fit, gather_data
+from mdltool.stages.plan import model_spec
 from mdltool.train.checkpoint import save_tensors
 from mdltool.train.distributed import join_world
 from mdltool.train.plan import Progress
@@ -70,8 +71,9 @@ def run(
         return draft
     seeded(recipe.train.seed)
     names = data[domain].train_index.classes
+    normalize = model_spec(recipe, {domain: len(names)}).normalize
     with draft or nullcontext():
-        model = extended(load_model(source, work=work), domain, len(names), start_from)
+        model = extended(load_model(source, work=work), domain, len(names), start_from, normalize)
         if start_from is None:
             begin_as_source(model, backbone, recipe.backbone.adapters, [domain])
     scope = Scope(only=domain)
@@ -136,6 +138,7 @@ def _recipe_for(
     step = {**stored["train"]["steps"][-1], "regime": "frozen"}
     batch = stored["data"]["batch"]
     alone = {"batch": max(batch.values()) if isinstance(batch, dict) else batch, "proportions": None}
+    alone |= {"fraction": 1.0, "per_class": None}  # how much there was of the others' training
     augment = {**stored["data"]["augment"], "mix_scope": "masked", "smooth_classes": None}
     train = {**stored["train"], "steps": [step], "batches": "in_turn", "split": "rows"}
     if not stored["adapters"] and train["bn"] not in ("per_domain", "per_domain_stats"):

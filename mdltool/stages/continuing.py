@@ -14,8 +14,11 @@ from mdltool.schema import Recipe
 from mdltool.stages.plan import order_of
 
 # What a recipe says of the training alone. The rest describes the network, its input or its test protocol.
-_CHANGEABLE = r"train\.(?!bn\b)|domains\.|data\.(batch|augment)\b|losses\b|val\b"
-_CHANGEABLE_KEYS = "keys of train (but bn), domains, data.batch, data.augment, losses and val can be set"
+_CHANGEABLE = r"train\.(?!bn\b)|domains\.|data\.(batch|augment|fraction|per_class|subset_seed)\b|losses\b|val\b"
+_CHANGEABLE_KEYS = (
+    "keys of train (but bn), domains, losses and val can be set, and batch, augment, fraction, per_class and "
+    "subset_seed of data"
+)
 
 
 def settled(content: dict[str, Any], overrides: Sequence[str], source: Artifact) -> Recipe:
@@ -41,6 +44,9 @@ def finetuning(
     """A model's recipe for `updates` more updates: its last step with everything shared frozen, the schedule's
     milestones and warm-up at the same fractions of the way. clips: of each domain's training split.
     """
+    for override in overrides:
+        if re.match(r"domains\.[^.]+\.normalize\b", override):
+            raise MdlError("the finished model settles this key", f"--set {override}", _CHANGEABLE_KEYS)
     recipe = Recipe.model_validate(stored)
     last = recipe.train.steps[-1]
     step, schedule = last.model_dump(mode="json"), last.schedule.model_dump(mode="json")

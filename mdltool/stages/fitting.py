@@ -14,6 +14,7 @@ from mdltool.artifact import Artifact
 from mdltool.data.index import ShardIndex
 from mdltool.data.loader import Stream, TrainLoader, ViewLoader
 from mdltool.data.order import Order, Share
+from mdltool.data.subset import subset_of
 from mdltool.errors import MdlError
 from mdltool.evaluate.scores import DomainScores, score_domain, tensors_of
 from mdltool.losses.multitrain import MultitrainLoss
@@ -56,7 +57,7 @@ class DomainData:
 
 
 def gather_data(recipe: Recipe, shards: Iterable[Artifact]) -> dict[str, DomainData]:
-    """Sort shards into the recipe's domains by what they say of themselves.
+    """Sort shards into the recipe's domains by what they say of themselves; of training splits, the part it wants.
 
     Raises MdlError for a domain without training data, one the recipe does not know, doubles, and class lists that
     differ between the splits or from the recipe's count.
@@ -96,9 +97,21 @@ def gather_data(recipe: Recipe, shards: Iterable[Artifact]) -> dict[str, DomainD
         if name in val and val[name][1].classes != index.classes:
             raise MdlError(f"{name}: train and val have different classes", val[name][0].path, "use one class list")
         found[name] = DomainData(
-            artifact, val[name][0] if name in val else None, index, val.get(name, (0, None))[1]
+            artifact, val[name][0] if name in val else None, _part_of(recipe, index), val.get(name, (0, None))[1]
         )
     return found
+
+
+def _part_of(recipe: Recipe, index: ShardIndex) -> ShardIndex:
+    """What the recipe wants of a training split."""
+    data = recipe.data
+    part = subset_of(index, data.fraction, data.per_class, data.subset_seed)
+    if part is not index:
+        share = f"{100 * data.fraction:g}%" if data.per_class is None else f"{data.per_class} of a class"
+        console.say(
+            f"{index.domain}: {len(part)} of {len(index)} training clips ({share}, seed {data.subset_seed})"
+        )
+    return part
 
 
 def train_spec(recipe: Recipe, bn: str, order: Order, clips: Mapping[str, int]) -> TrainSpec:

@@ -39,6 +39,11 @@ def model_spec(recipe: Recipe, outputs: dict[str, int]) -> ModelSpec:
         head=recipe.heads.type,
         head_hidden=recipe.heads.hidden,
         logit_dropout=recipe.heads.logit_dropout,
+        normalize={
+            name: {"mean": list(part.normalize.mean), "std": list(part.normalize.std)}
+            for name, part in recipe.domains.items()
+            if part.normalize is not None
+        },
     )
 
 
@@ -133,13 +138,18 @@ def sampling(recipe: Recipe, domain: str) -> Sampling:
 
 def train_transform(recipe: Recipe, domain: str) -> TrainTransform:
     """The augmentation of a domain's single clips; mixing, smoothing and repetition are the training's."""
-    part, flip = recipe.data.augment, recipe.domains[domain].flip
+    part, own = recipe.data.augment, recipe.domains[domain]
+    crop = recipe.crop_of(domain)
+    if own.augment == "none":
+        side = recipe.test_side_of(domain)
+        return TrainTransform(short_side=(side, side), crop=crop, flip=own.flip or 0.0, centre=True)
     resized = part.crop == "resized"
     ops, box = part.rand_augment, part.erase
+    side_range = (own.short_side, own.short_side) if own.short_side else part.short_side
     return TrainTransform(
-        short_side=None if resized else part.short_side,
-        crop=recipe.data.crop,
-        flip=part.flip if flip is None else flip,
+        short_side=None if resized else side_range,
+        crop=crop,
+        flip=part.flip if own.flip is None else own.flip,
         area=part.area if resized else None,
         aspect=part.aspect,
         rand_augment=RandAugmentSpec(ops.ops, ops.magnitude, ops.std, ops.probability) if ops else None,
@@ -160,8 +170,8 @@ def eval_views(recipe: Recipe, domain: str, grid: str | None = None) -> ViewSpec
         temporal=temporal,
         spatial=spatial,
         sampling=sampling(recipe, domain),
-        short_side=part.short_side,
-        crop=recipe.data.crop,
+        short_side=recipe.test_side_of(domain),
+        crop=recipe.crop_of(domain),
         starts="centre" if temporal == 1 else part.starts,
         axis=part.crop_axis,
         rounding=part.crop_round,
@@ -176,8 +186,8 @@ def val_views(recipe: Recipe, domain: str) -> ViewSpec:
         temporal=temporal,
         spatial=spatial,
         sampling=sampling(recipe, domain),
-        short_side=recipe.val.short_side or recipe.views.short_side,
-        crop=recipe.data.crop,
+        short_side=recipe.val_side_of(domain),
+        crop=recipe.crop_of(domain),
         starts="centre" if temporal == 1 else recipe.views.starts,
         axis=recipe.views.crop_axis,
         rounding=recipe.views.crop_round,

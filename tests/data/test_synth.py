@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mdltool.data import synth
+from mdltool.data.image import read_image
 from mdltool.data.synth_looks import LOOKS
 from mdltool.errors import MdlError
 
@@ -165,3 +166,16 @@ def test_a_directory_with_something_else_is_refused(tmp_path: Path) -> None:
     synth.write_domains(tmp_path / "v", ["chalk"], 1, seed=0, splits=["train"], workers=1)
     with pytest.raises(MdlError, match="another request"):
         synth.write_domains(tmp_path / "v", ["chalk"], 1, seed=1, splits=["train"])
+
+
+def test_images_are_of_the_classes_that_one_frame_shows(tmp_path: Path) -> None:
+    written = synth.write_domains(tmp_path / "a", ["chalk", "field"], 2, 0, workers=1, images=True)
+    assert written.classes == {domain: LOOKS[domain].appearance for domain in ("chalk", "field")}
+    assert written.clips == 2 * 4 * 3
+    files = sorted((tmp_path / "a").rglob("*.png"))
+    assert len(files) == len({file.read_bytes() for file in files}) == written.clips
+    assert {min(read_image(file).shape[:2]) for file in files} == {72}
+    synth.write_domains(tmp_path / "b", ["chalk", "field"], 2, 0, workers=2, images=True)
+    assert _hashes(tmp_path / "a") == _hashes(tmp_path / "b")
+    with pytest.raises(MdlError, match="another request"):
+        synth.write_domains(tmp_path / "a", ["chalk", "field"], 2, 0)

@@ -1,0 +1,30 @@
+"""A part of a training split: seeded, nested and even over the classes (spec residual_adapters 5, transfer)."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import numpy as np
+
+from mdltool.data.index import ShardIndex
+
+
+def subset_of(index: ShardIndex, fraction: float, per_class: int | None, seed: int) -> ShardIndex:
+    """The index with a share of each class's clips, at least one, or with `per_class` clips of each where given.
+
+    Clips of multi_label and regression are one class. The clips of a class have one order, by the sha256 of seed
+    and key, and a subset is its beginning: so a smaller subset lies within every larger one, whatever the shards.
+    """
+    if fraction == 1 and per_class is None:
+        return index
+    ranks = [hashlib.sha256(f"{seed}/{key}".encode()).digest() for key in index.keys]
+    groups: dict[int, list[int]] = {}
+    for row in sorted(range(len(index)), key=ranks.__getitem__):
+        groups.setdefault(int(index.labels[row]) if index.labels.ndim == 1 else 0, []).append(row)
+    chosen = [row for rows in groups.values() for row in rows[: _count(len(rows), fraction, per_class)]]
+    return index.take(np.array(sorted(chosen), dtype=np.int64))
+
+
+def _count(clips: int, fraction: float, per_class: int | None) -> int:
+    return max(1, math.floor(fraction * clips + 0.5)) if per_class is None else min(per_class, clips)
