@@ -182,3 +182,12 @@ def test_a_recipe_of_one_domain_takes_the_name_of_the_data() -> None:
     assert recipe.train == load("tiny_pretrain").train
     with pytest.raises(MdlError, match="several domains"):
         rename_domain(load("tiny_demo"), "field")
+
+
+@pytest.mark.parametrize("name", [n for n in shipped() if n.startswith("residual_") and len(load(n).domains) == 9])
+def test_decathlon_recipes_have_each_domains_crop_and_pixel_statistics(name: str) -> None:
+    recipe = load(name)
+    for domain, part in recipe.domains.items():
+        still = domain in ("gtsrb", "omniglot", "svhn")  # spec residual_adapters 5
+        assert (recipe.crop_of(domain), part.augment) == ((72, "none") if still else (64, "recipe"))
+        assert part.normalize is not None

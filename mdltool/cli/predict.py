@@ -19,7 +19,8 @@ def register(app: typer.Typer) -> None:
 
 def predict(
     paths: Annotated[
-        list[Path], typer.Argument(help="A model artifact (default: piped, else the latest), then video files.")
+        list[Path],
+        typer.Argument(help="A model artifact (default: piped, else the latest), then video or image files."),
     ],
     domain: Annotated[
         list[str] | None,
@@ -34,7 +35,7 @@ def predict(
     work: options.Work = None,
     as_json: options.Json = False,
 ) -> None:
-    """Labels for video files: one line a label, `video<TAB>label<TAB>score`; with --json one object a video.
+    """Labels for video and image files, a line each: `video<TAB>label<TAB>score`; with --json one object a video.
 
     Of a domain with several labels a clip the scores are each class's own; of a regression, every target's value.
     """
