@@ -31,7 +31,7 @@ SCHEMA = 1
 KIND = "domain"
 _KEY = "mdltool"
 # Of a spec: what decides nothing of one domain's tensors or of what they compute at inference.
-_FREE = ("domains", "dropout", "head_init", "head_std", "logit_dropout")
+_FREE = ("domains", "dropout", "head_init", "head_std", "logit_dropout", "normalize")
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,12 @@ class DomainPack:
     recipe: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
     where: object = None
+
+    @property
+    def normalize(self) -> dict[str, list[float]] | None:
+        """The pixel statistics of the domain where it has its own, as ModelSpec has them."""
+        own = self.recipe.get("domain", {}).get("normalize")
+        return {name: list(own[name]) for name in ("mean", "std")} if own else None
 
     def header(self) -> dict[str, Any]:
         """The file's metadata but for the digest of its content."""

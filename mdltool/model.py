@@ -61,12 +61,9 @@ class MultiDomainModel(nn.Module):
         # A head of two layers has its dropout between them.
         self.dropout = nn.Dropout(spec.dropout if spec.head == "linear" else 0.0)
         self.heads = nn.ModuleDict({d: _head(spec, backbone.feature_dim, n) for d, n in spec.domains.items()})
-        # Of pixels: the backbone's first, which is everyone's without its own, then each domain's.
-        usual = {"mean": list(backbone.mean), "std": list(backbone.std)}
-        rows = [usual, *(spec.normalize.get(domain, usual) for domain in spec.domains)]
-        for name in ("mean", "std"):
-            values = torch.tensor([row[name] for row in rows]).view(-1, 3, 1, 1, 1)
-            self.register_buffer(name, values, persistent=False)
+        mean, std = torch.tensor(backbone.mean), torch.tensor(backbone.std)
+        self.register_buffer("mean", mean.view(1, 3, 1, 1, 1), persistent=False)
+        self.register_buffer("std", std.view(1, 3, 1, 1, 1), persistent=False)
         self.mean: Tensor
         self.std: Tensor
 
@@ -112,14 +109,21 @@ class MultiDomainModel(nn.Module):
     def _run(self, frames_BCTHW: Tensor, counts: Iterable[tuple[str | None, int]]) -> Tensor:
         """[B, P, F] of clips of what the route says. counts: (domain, its clips, which are adjacent)."""
         if frames_BCTHW.dtype == torch.uint8:
-            mean, std = self.mean[:1], self.std[:1]
-            if self.spec.normalize:
-                names = [None, *self.spec.domains]
-                rows = [names.index(domain) for domain, clips in counts for _ in range(clips)]
-                mean, std = self.mean[rows], self.std[rows]
+            mean, std = self._pixel_statistics(list(counts))
             frames_BCTHW = (frames_BCTHW.to(mean.dtype) / 255 - mean) / std
         features_BPF: Tensor = self.backbone(frames_BCTHW)
         return features_BPF
+
+    def _pixel_statistics(self, counts: Sequence[tuple[str | None, int]]) -> tuple[Tensor, Tensor]:
+        """Mean and deviation that the clips' pixels are normalised by, [1, 3, 1, 1, 1] or [B, 3, 1, 1, 1]."""
+        own = self.spec.normalize
+        if not any(domain in own for domain, _ in counts):
+            return self.mean, self.std
+        usual = {"mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist()}
+        chosen = [own.get(domain or "", usual) for domain, clips in counts for _ in range(clips)]
+        chosen = chosen[:1] if len(counts) == 1 else chosen
+        mean, std = (self.mean.new_tensor([row[name] for row in chosen]).view(-1, 3, 1, 1, 1) for name in usual)
+        return mean, std
 
     def logits(self, features_BPF: Tensor, domain: str) -> Tensor:
         """[B, N] of one domain's head. Several positions are left only under a fixed pool: logits are averaged."""
@@ -249,7 +253,9 @@ class MultiDomainModel(nn.Module):
         self.heads[domain] = parts["head"].train(self.training)
         for name, wrapper in self._wrappers():
             wrapper.domain_modules[domain] = parts[name].train(self.training)
-        self.spec = dataclasses.replace(self.spec, domains={**self.spec.domains, domain: pack.outputs})
+        normalize = {**self.spec.normalize, **({domain: pack.normalize} if pack.normalize else {})}
+        domains = {**self.spec.domains, domain: pack.outputs}
+        self.spec = dataclasses.replace(self.spec, domains=domains, normalize=normalize)
 
     def _shells(self, outputs: int) -> dict[str, nn.Module]:
         """What one more domain is made of, without storage, and so without initial values; kept for the next."""
@@ -269,7 +275,8 @@ class MultiDomainModel(nn.Module):
         for modules in (self.heads, *(wrapper.domain_modules for _, wrapper in self._wrappers())):
             del modules[domain]
         kept = {name: outputs for name, outputs in self.spec.domains.items() if name != domain}
-        self.spec = dataclasses.replace(self.spec, domains=kept)
+        normalize = {name: values for name, values in self.spec.normalize.items() if name != domain}
+        self.spec = dataclasses.replace(self.spec, domains=kept, normalize=normalize)
 
     def load_tensors(self, state: Mapping[str, Tensor], where: object, with_backbone: bool = True) -> None:
         """Copy stored tensors in. Raises MdlError for missing, unknown and misshapen ones."""

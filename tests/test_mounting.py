@@ -249,10 +249,11 @@ def test_what_training_alone_reads_does_not_keep_domains_apart() -> None:
     """Dropout and how heads began; the rest of the spec does, with every default named."""
     spec = tiny_spec()
     same = [{"dropout": 0.9}, {"head_std": 3.0, "head_init": "normal"}, {"domains": ("x",)}, {"head_hidden": 3}]
+    same.append({"normalize": {"a": {"mean": [0.0] * 3, "std": [1.0] * 3}}})  # the domain brings its own
     assert all(model_form(tiny_spec(**changes)) == model_form(spec) for changes in same)
     explicit = tiny_spec(options={"ln": "channel", "kt": 3}, backbone_options={"pool": "adaptive"})
     assert model_form(explicit) == model_form(spec)
-    free = {"domains", "dropout", "head_init", "head_std", "logit_dropout", "head_hidden"}
+    free = {"domains", "dropout", "head_init", "head_std", "logit_dropout", "head_hidden", "normalize"}
     assert set(model_form(spec)) == {field.name for field in dataclasses.fields(ModelSpec)} - free
 
 

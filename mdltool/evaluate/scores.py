@@ -92,11 +92,27 @@ def score_mixed(
 ) -> list[Tensor]:
     """One [N] score vector for each clip, (domain, its views [V, 3, T, H, W]), as score_domain's; in their order.
 
-    All views of all clips go through the model `batch` at a time, whatever their domains.
+    All views of all clips of one size go through the model `batch` at a time, whatever their domains.
     """
+    scores: dict[int, Tensor] = {}
+    for size in dict.fromkeys(views.shape[1:] for _, views in clips):
+        rows = [row for row, (_, views) in enumerate(clips) if views.shape[1:] == size]
+        found = _score_alike(model, [clips[row] for row in rows], tasks, average, batch)
+        scores |= dict(zip(rows, found, strict=True))
+    return [scores[row] for row in range(len(clips))]
+
+
+def _score_alike(
+    model: MultiDomainModel,
+    clips: Sequence[tuple[str, Tensor]],
+    tasks: Mapping[str, Task],
+    average: str,
+    batch: int,
+) -> list[Tensor]:
+    """score_mixed of clips whose views are of one size."""
     model.eval()
     domains = [domain for domain, views in clips for _ in range(len(views))]
-    frames = torch.cat([views for _, views in clips]) if clips else torch.empty(0)
+    frames = torch.cat([views for _, views in clips])
     rows: list[Tensor] = []
     with torch.inference_mode():
         for start in range(0, len(domains), batch):

@@ -138,7 +138,7 @@ def _recipe_for(
     step = {**stored["train"]["steps"][-1], "regime": "frozen"}
     batch = stored["data"]["batch"]
     alone = {"batch": max(batch.values()) if isinstance(batch, dict) else batch, "proportions": None}
-    alone |= {"fraction": 1.0, "per_class": None}  # how much there was of the others' training
+    alone |= {"fraction": 1.0, "per_class": None, "subset_seed": 0}  # how much there was of the others' training
     augment = {**stored["data"]["augment"], "mix_scope": "masked", "smooth_classes": None}
     train = {**stored["train"], "steps": [step], "batches": "in_turn", "split": "rows"}
     if not stored["adapters"] and train["bn"] not in ("per_domain", "per_domain_stats"):

@@ -16,9 +16,11 @@ from mdltool.artifact import open_artifact
 from mdltool.data.image import read_image
 from mdltool.data.index import ShardIndex
 from mdltool.data.loader import Stream, TrainLoader
+from mdltool.domain_pack import read_pack
 from mdltool.evaluate.views import load_views
 from mdltool.model_store import extended, load_model, reduced
 from mdltool.recipe import load
+from mdltool.stages import split_domain
 from mdltool.stages.fitting import gather_data
 from mdltool.stages.plan import eval_views, order_of, sampling, train_transform, val_views
 from tests.conftest import Ran, run_mdltool
@@ -151,10 +153,20 @@ def test_trained_evaluated_and_asked(made: Made, model: Path, mdltool: Callable[
     metrics = open_artifact(ran.path).load_json("metrics.json")["domains"]
     assert {d: entry["clips"]["evaluated"] for d, entry in metrics.items()} == {"chalk": 8, "neon": 8}
     assert {entry["decoder"] for entry in metrics.values()} == {"pillow"}
-    picture = made.images / "neon" / "val" / "star" / "star_0000.png"
-    found = mdltool("predict", model, picture, "--domain", "neon", "--json", "--work", made.work).json
-    (only,) = found if isinstance(found, list) else [found]
-    assert sorted(entry["label"] for entry in only["top"]) == ["ring", "square", "star", "triangle"]
+    # crops of two sizes in one call
+    stars, discs = (
+        [made.images / d / "val" / c / f"{c}_0000.png"] for d, c in (("neon", "star"), ("chalk", "disc"))
+    )
+    words = ("--json", "--work", made.work)
+    ran = mdltool("predict", model, *stars, *discs, "--domain", "neon", "--domain", "chalk", *words)
+    assert ran.code == 0, ran.err
+    star, disc = map(json.loads, ran.out.splitlines())
+    assert sorted(entry["label"] for entry in star["top"]) == ["ring", "square", "star", "triangle"]
+    assert sorted(entry["label"] for entry in disc["top"]) == ["bars", "cross", "disc", "triangle"]
+    alone = mdltool("predict", model, *stars, "--domain", "neon", *words).json
+    assert [entry["label"] for entry in alone["top"]] == [entry["label"] for entry in star["top"]]
+    scores = [[entry["score"] for entry in found["top"]] for found in (alone, star)]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-5)
 
 
 class TestNormalisation:
@@ -180,10 +192,16 @@ class TestNormalisation:
             for row, domain in enumerate(("neon", "chalk", "neon")):
                 torch.testing.assert_close(mixed[row], loaded(frames[row : row + 1], domain)[0])
 
-    def test_it_comes_and_goes_with_its_domain(self, model: Path) -> None:
+    def test_it_comes_and_goes_with_its_domain(self, made: Made, model: Path, tmp_path: Path) -> None:
         loaded = load_model(open_artifact(model))
         assert reduced(loaded, "neon").spec.normalize == {}
         assert reduced(loaded, "chalk").spec.normalize == {"neon": NORMALIZE}
+        path = tmp_path / "neon.safetensors"
+        split_domain.run(open_artifact(model), "neon", path, work=made.work)
+        loaded.unmount("neon")
+        assert loaded.spec.normalize == {}
+        loaded.mount("neon", read_pack(path))
+        assert loaded.spec == load_model(open_artifact(model)).spec
         more = extended(loaded, "dusk", 2, normalize={"dusk": {"mean": [0.0] * 3, "std": [1.0] * 3}})
         frames = self.frames()
         with torch.no_grad():
