@@ -87,11 +87,10 @@ class DomainPack:
 
     def check(self, model: Mapping[str, Any], backbone: str, shared: str) -> None:
         """Raise MdlError unless the domain was made for such a model."""
-        differing = [key for key in {**self.model, **model} if self.model.get(key) != model.get(key)]
+        differing = _differing(dict(self.model), dict(model))
         if differing:
-            details = [f"{key}: {self.model.get(key)!r} there, {model.get(key)!r} here" for key in differing]
             raise MdlError(
-                f"the domain '{self.domain}' was made for another model ({'; '.join(details[:3])})",
+                f"the domain '{self.domain}' was made for another model ({'; '.join(differing[:3])})",
                 self.where,
                 "take a model with the same backbone, adapters, BatchNorm and head",
             )
@@ -113,6 +112,17 @@ def model_form(spec: ModelSpec) -> dict[str, Any]:
         del form["head_hidden"]
     plain: dict[str, Any] = json.loads(json.dumps({key: form[key] for key in form if key not in _FREE}))
     return plain
+
+
+def _differing(there: Any, here: Any, at: str = "") -> list[str]:
+    """What differs between two plain values, by the paths of the values inside."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        pairs = [(key, there.get(key), here.get(key)) for key in {**there, **here}]
+    elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        pairs = list(zip(map(str, range(len(here))), there, here, strict=True))
+    else:
+        return [] if there == here else [f"{at}: {str(there)[:60]} there, {str(here)[:60]} here"]
+    return [line for key, a, b in pairs for line in _differing(a, b, f"{at}.{key}" if at else key)]
 
 
 def content_digest(tensors: Mapping[str, Tensor]) -> str:

@@ -20,6 +20,7 @@ from mdltool.errors import MdlError
 from mdltool.model import MultiDomainModel, build_model
 from mdltool.model_spec import ModelSpec
 from mdltool.wrapping import library_tensors
+from tests.adapters.test_factored import factored
 from tests.models import clips, tiny_model, tiny_spec
 
 
@@ -130,6 +131,39 @@ def test_a_mounted_domain_trains_as_any_other() -> None:
     with torch.no_grad():
         model.sites["stage1"].adapters["new"].norm.weight.fill_(9)
     assert not (model.sites["stage1"].adapters["c"].norm.weight == 9).any(), "domains share no module"
+
+
+@pytest.mark.parametrize("independent", [False, True])
+@pytest.mark.parametrize(
+    ("adapter", "backbone"), [("2plus1d", "x3d_tiny"), ("mhva", "swin3d_tiny"), ("st", "vit_tiny")]
+)
+def test_a_compressed_domain_needs_the_same_factors(
+    adapter: str, backbone: str, independent: bool, tmp_path: Path
+) -> None:
+    model = factored(adapter, backbone, independent)
+    x = clips(2, model.spec.num_frames, model.spec.crop)
+    expected = model(x, "a")
+    (tmp_path / "a.safetensors").write_bytes(packed(model, "a").to_bytes())
+    pack = read_pack(tmp_path / "a.safetensors", verify=True)
+    model.mount("c", pack)
+    assert torch.equal(model(x, "c"), expected)
+    assert list(model.tensors()) == list(build_model(model.spec).tensors())
+    model.unmount("a")
+    model.mount("a", pack)
+    assert torch.equal(model(x, "a"), expected)
+    assert torch.equal(copy.deepcopy(model)(x, "c"), expected)
+    shared = list(model.shared_tensors().values())
+    assert bool(shared) != independent or adapter == "2plus1d", "whose LayerNorms are shared, too"
+    with torch.no_grad():
+        for tensor in shared:
+            tensor.add_(1e-9)
+    if shared:
+        assert not torch.equal(model(x, "c"), expected), "mounted or not, it follows the shared factors"
+        with pytest.raises(MdlError, match="trained on another shared part"):
+            model.mount("d", pack)
+    dense = dataclasses.replace(model.spec, factors={})
+    with pytest.raises(MdlError, match=r"made for another model \(factors"):
+        build_model(dense).double().mount("d", pack)
 
 
 REFUSED = {

@@ -13,6 +13,7 @@ from mdltool.model import MultiDomainModel, build_model
 from mdltool.model_spec import AdapterSpec, ModelSpec
 from mdltool.wrapping import DomainWrapper
 from tests.adapters.test_contract import PAIRS
+from tests.adapters.test_factored import CASES, factored
 from tests.models import clips, tiny_model
 
 DOMAINS = {"a": 3, "b": 4, "c": 2}
@@ -95,6 +96,17 @@ STACKS = {
 def test_adapters_on_top_of_adapters(name: str) -> None:
     backbone, *adapters = STACKS[name]
     check(make(backbone, *(AdapterSpec(method, "all", options) for method, options in adapters)))
+
+
+@pytest.mark.parametrize("independent", [False, True])
+@pytest.mark.parametrize(("adapter", "backbone"), CASES)
+def test_compressed_adapters(adapter: str, backbone: str, independent: bool) -> None:
+    model = factored(adapter, backbone, independent)
+    domains = ["b", "a", "b"]
+    frames = clips(3, model.spec.num_frames, model.spec.crop)
+    with torch.no_grad():
+        for row, right in zip(model(frames, domains), alone(model, frames, domains), strict=True):
+            torch.testing.assert_close(row, right, rtol=1e-12, atol=1e-10)
 
 
 @pytest.mark.parametrize("bn", ["per_domain", "per_domain_stats", "recalibrate"])

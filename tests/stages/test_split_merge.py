@@ -177,7 +177,10 @@ def test_what_merge_and_split_refuse(
         (("merge", pack, frozen), "has a domain 'neon' already"),
         (("merge", pack, without, "--as", "chalk"), "has a domain 'chalk' already"),
         (("merge", pack, without, "--as", "Neon!"), "a domain's name is"),
-        (("merge", pack, joint, "--as", "n"), "made for another model (adapters:"),
+        (
+            ("merge", pack, joint, "--as", "n"),
+            "made for another model (adapters.0.options.ln: none there, channel here",
+        ),
         (("merge", cut, without), "damaged"),
         (("merge", frozen / "weights" / "last.safetensors", without), "holds no domain"),
         (("merge", frozen / "model.json", without), "cannot be read"),
@@ -197,6 +200,22 @@ def test_what_merge_and_split_refuse(
     assert (other.code, "trained on another backbone" in other.err) == (1, True), other.err
     assert mdltool("model", "merge", own, smaller, "--work", world.work, "--out", tmp_path / "both").code == 0
     assert same(tensors(tmp_path / "both"), tensors(joint))
+    assert not list(tmp_path.glob("x*"))
+
+
+def test_a_domain_of_a_compressed_model_needs_its_factors(
+    frozen: Path, without: Path, world: World, mdltool: Command, tmp_path: Path
+) -> None:
+    where = ("--work", world.work, "--out")
+    small = mdltool("compress", frozen, "--rank", 0.5, *where, tmp_path / "small").path
+    pack = mdltool("model", "split", "neon", small, *where, tmp_path / "neon.safetensors").path
+    smaller = mdltool("model", "rm", "neon", small, *where, tmp_path / "smaller").path
+    merged = mdltool("model", "merge", pack, smaller, *where, tmp_path / "merged").path
+    assert same(tensors(merged), tensors(small))
+    again = mdltool("model", "split", "neon", merged, *where, tmp_path / "again.safetensors").path
+    assert again.read_bytes() == pack.read_bytes()
+    ran = mdltool("model", "merge", pack, without, *where, tmp_path / "x")
+    assert (ran.code, "made for another model (factors.stage1: " in ran.err) == (1, True), ran.err
     assert not list(tmp_path.glob("x*"))
 
 
