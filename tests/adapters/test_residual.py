@@ -417,6 +417,19 @@ def test_recipes_of_widths(name: str, width: float, filters: int, kind: str) -> 
     assert counts["heads"] == (256 * width + 1) * 100
 
 
+def test_points_of_the_curves_are_parts_of_the_training_data() -> None:
+    tenth = load("residual_transfer_ucf101_parallel", ["data.fraction=0.1"])
+    assert (tenth.data.fraction, tenth.data.per_class) == (0.1, None)
+    assert load("residual_width2p5_dropout", ["data.per_class=50"]).data.per_class == 50
+
+
+def test_single_domains_are_normalised_as_among_the_nine() -> None:
+    nine = load("residual_parallel").domains
+    for name in ("residual_transfer_cifar100_series", "residual_transfer_ucf101_finetune", "residual_width1_plain"):
+        ((domain, part),) = load(name).domains.items()
+        assert part.normalize == nine[domain].normalize is not None
+
+
 def test_the_recipe_from_scratch_is_the_whole_network() -> None:
     found = describe.run(load("residual_scratch"))["parameters"]
     assert found["total"] == found["trainable"] == 5_814_688 + 25_700
