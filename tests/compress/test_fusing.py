@@ -184,6 +184,18 @@ def test_a_fused_model_is_rebuilt_from_its_spec_and_its_tensors(fold_bn: bool) -
     assert all(key.startswith(("backbone/", "b/head/")) for key in made.tensors())
 
 
+@pytest.mark.parametrize(
+    ("form", "backbone"), [("parallel", "x3d_tiny"), ("series", "resnet26_tiny"), ("lora", "swin3d_tiny")]
+)
+def test_a_fused_network_is_the_librarys_own(form: str, backbone: str) -> None:
+    """Layer for layer, so that it costs what the bare backbone costs."""
+    made = fused(model_of(AdapterSpec(form, "all"), backbone=backbone), "a")
+    bare = build_model(dataclasses.replace(made.spec, fused=None))
+    assert [str(type(m)) for m in made.modules()] == [str(type(m)) for m in bare.modules()]
+    shapes = {key: tensor.shape for key, tensor in bare.tensors().items()}
+    assert {key: tensor.shape for key, tensor in made.tensors().items()} == shapes
+
+
 def test_specs_of_older_models_are_read() -> None:
     written = model_of().spec.to_json()
     del written["fused"]
