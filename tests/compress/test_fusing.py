@@ -14,8 +14,10 @@ from torch.nn import functional
 from mdltool.adapters import ADAPTERS
 from mdltool.adapters.base import NotFoldable, attach
 from mdltool.adapters.domain_norm import BATCH_NORMS
+from mdltool.adapters.factored import FactorSpec
 from mdltool.backbones import BACKBONES
 from mdltool.backbones.base import Backbone
+from mdltool.compress.factoring import site_weights
 from mdltool.compress.fusing import check_foldable, fused, is_sum, norms_after, subtract
 from mdltool.errors import MdlError
 from mdltool.model import MultiDomainModel, build_model
@@ -140,6 +142,21 @@ def test_video_networks_compute_the_same(form: str, options: dict[str, Any], fol
 @pytest.mark.parametrize("targets", [["q", "k", "v"], ["v"]])
 def test_transformers_compute_the_same(backbone: str, targets: list[str]) -> None:
     check(model_of(AdapterSpec("lora", "all", {"r": 3, "targets": targets}), backbone=backbone, bn="frozen"))
+
+
+@pytest.mark.parametrize("independent", [False, True])
+@pytest.mark.parametrize(
+    ("form", "backbone"), [("parallel", "resnet26_tiny"), ("series", "resnet26_tiny"), ("lora", "swin3d_tiny")]
+)
+def test_compressed_adapters_fold_by_their_products(form: str, backbone: str, independent: bool) -> None:
+    adapters = AdapterSpec(form, "all", {"r": 3} if form == "lora" else {})
+    factors: dict[str, dict[str, FactorSpec]] = {}
+    for weight in site_weights(model_of(adapters, backbone=backbone)):
+        factors.setdefault(weight.site, {})[weight.parameter] = FactorSpec(2, weight.axes, independent)
+    model = model_of(adapters, backbone=backbone, factors=factors)
+    assert any(key.endswith(".private") for key in model.tensors())
+    check(model)
+    assert fused(model, "a").spec.factors == {}
 
 
 @pytest.mark.parametrize("order", [("parallel", "series"), ("series", "parallel")])
