@@ -80,6 +80,13 @@ class ModelSpec:
     factors: dict[str, dict[str, FactorSpec]] = field(default_factory=dict)
     normalize: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
+    def of(self, domains: Iterable[str]) -> ModelSpec:
+        """The spec of some of the domains alone."""
+        domains = list(domains)
+        kept = {name: self.domains[name] for name in domains}
+        normalize = {name: values for name, values in self.normalize.items() if name in kept}
+        return replace(self, domains=kept, normalize=normalize)
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 

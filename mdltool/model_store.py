@@ -139,9 +139,7 @@ def _begin_factors(model: MultiDomainModel, domain: str) -> None:
 
 def reduced(model: MultiDomainModel, domain: str) -> MultiDomainModel:
     """The model without a domain; every other tensor is the same."""
-    kept = {name: outputs for name, outputs in model.spec.domains.items() if name != domain}
-    normalize = {name: values for name, values in model.spec.normalize.items() if name in kept}
-    smaller = build_model(replace(model.spec, domains=kept, normalize=normalize))
+    smaller = build_model(model.spec.of(name for name in model.spec.domains if name != domain))
     old = model.tensors()
     smaller.load_tensors({key: old[key] for key in smaller.tensors()}, domain)
     return smaller.eval()

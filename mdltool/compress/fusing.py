@@ -82,9 +82,7 @@ def fused(model: MultiDomainModel, domain: str, fold_bn: bool = False) -> MultiD
 
 def fused_spec(spec: ModelSpec, how: FusedSpec) -> ModelSpec:
     """A model's spec after fusing."""
-    return changed(
-        spec, domains={how.domain: spec.domains[how.domain]}, adapters=[], factors={}, bn="frozen", fused=how
-    )
+    return changed(spec.of([how.domain]), adapters=[], factors={}, bn="frozen", fused=how)
 
 
 @torch.no_grad()

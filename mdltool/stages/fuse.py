@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +170,7 @@ def _fuse(model: MultiDomainModel, domain: str, fold_bn: bool, path: Path) -> tu
     """Fuse and store one set of weights. Returns the fused model and how far its logits are off."""
     header = {"domain": domain, "base": _base_digest(model), "adapters": _adapter_digest(model, domain)}
     shape = (2, 3, model.spec.num_frames, model.spec.crop, model.spec.crop)
-    clips_BCTHW = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    clips_BCTHW = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected_BN = model(clips_BCTHW, domain)
     model = fused(model, domain, fold_bn)
@@ -212,7 +211,7 @@ def _describe(
     folder: Path, spec: ModelSpec, recipe: dict[str, Any], classes: Mapping[str, tuple[str, ...]], own: bool
 ) -> None:
     """The model.json and recipe.yaml of some domains of a model that is not fused."""
-    alone = replace(spec, domains={domain: spec.domains[domain] for domain in classes})
+    alone = spec.of(classes)
     with torch.device("meta"):
         counts = build_model(alone).parameter_counts()
     write_model_json(folder, alone, recipe, classes, own, counts)

@@ -301,8 +301,14 @@ def test_only_a_norm_that_alone_reads_a_convolution_follows_it() -> None:
 
 
 def test_a_changed_spec_keeps_what_fusing_does_not_touch() -> None:
-    model = model_of(AdapterSpec("parallel", "all"), head="mlp", head_hidden=16)
+    pixels = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}
+    other = {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
+    head = {"head": "mlp", "head_hidden": 16}
+    model = model_of(AdapterSpec("parallel", "all"), normalize={"a": pixels, "b": other}, **head)
     made = fused(copy.deepcopy(model), "a")
-    kept = dataclasses.replace(model.spec, domains={"a": 3}, adapters=[], bn="frozen", fused=made.spec.fused)
+    alone = {"domains": {"a": 3}, "normalize": {"a": pixels}}
+    kept = dataclasses.replace(model.spec, **alone, adapters=[], bn="frozen", fused=made.spec.fused)
     assert made.spec == kept
     assert difference(model, "a") < 1e-5
+    frames = torch.randint(256, (2, 3, 1, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(made(frames, "a"), model(frames, "a"), rtol=1e-4, atol=1e-5)
