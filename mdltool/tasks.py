@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torchmetrics.functional.classification import binary_average_precision, multiclass_confusion_matrix
 
 from mdltool.errors import MdlError
 from mdltool.registry import Table
@@ -91,10 +90,8 @@ class SingleLabel(Task):
         usable_M = torch.ones_like(labels_M, dtype=torch.bool) if wrong_M is None else ~wrong_M
         # argmax takes the first of equal scores, and so does _ranks
         predicted_M = scores_MN.argmax(dim=1)
-        if num_classes == 1:
-            confusion = torch.tensor([[int(usable_M.sum())]])
-        else:
-            confusion = multiclass_confusion_matrix(predicted_M[usable_M], labels_M[usable_M], num_classes)
+        cells_M = (labels_M * num_classes + predicted_M)[usable_M]
+        confusion = torch.bincount(cells_M, minlength=num_classes**2).view(num_classes, num_classes)
         clips_N = torch.bincount(labels_M, minlength=num_classes)
         correct_N = confusion.diagonal()
         accuracy = [float(c / n) if n else None for c, n in zip(correct_N, clips_N, strict=True)]
@@ -192,6 +189,9 @@ def _average_precision(scores_M: Tensor, labels_M: Tensor, wrong_M: Tensor | Non
 
     A wrong clip is never retrieved: it adds no precision, and a positive one stays among those to be found.
     """
+    # Here, since it costs every command that imports torch another 1.5 s.
+    from torchmetrics.functional.classification import binary_average_precision
+
     usable_M = torch.ones_like(labels_M, dtype=torch.bool) if wrong_M is None else ~wrong_M
     positives, reachable = int((labels_M > 0).sum()), int((labels_M[usable_M] > 0).sum())
     if positives == 0:
