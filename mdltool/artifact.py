@@ -22,7 +22,7 @@ from typing import IO, Any
 from mdltool import __version__, remote
 from mdltool.environment import environment
 from mdltool.errors import MdlError
-from mdltool.files import digest_of, sha256_file, sync_directory, write_text
+from mdltool.files import differences, digest_of, empty_directory, sha256_file, sync_directory, write_text
 from mdltool.remote import Url
 
 SCHEMA = 1
@@ -284,7 +284,7 @@ def begin(
     if (partial / _PARTIAL).is_file():
         resumed = _may_resume(partial, header, resume)
         if not resumed:
-            _empty(partial)
+            empty_directory(partial, but=_LOCK)
     write_text(partial / _PARTIAL, json.dumps(header, indent=1))
     return Draft(out, lock, header, resumed)
 
@@ -297,7 +297,7 @@ def _reuse(out: Path, header: dict[str, Any]) -> Artifact:
         (i["role"], i["kind"], i["digest"]) for i in header["inputs"]
     ]
     if found.kind == header["kind"] and found.stage == header["stage"] and same_inputs:
-        differs = _differences(found.request, header["request"])
+        differs = differences(found.request, header["request"])
         if not differs:
             if out.parent.name == found.kind:
                 _point_latest(out)
@@ -320,7 +320,7 @@ def _may_resume(partial: Path, header: dict[str, Any], resume: str) -> bool:
         inputs = [(i["role"], i["kind"], i["digest"]) for i in h.get("inputs", [])]
         return h.get("stage"), h.get("kind"), inputs
 
-    differing = _differences(old.get("request", {}), header["request"])
+    differing = differences(old.get("request", {}), header["request"])
     if differing or content(old) != content(header):
         differs = ", ".join(differing) or "its inputs"
         raise MdlError(
@@ -337,14 +337,6 @@ def _may_resume(partial: Path, header: dict[str, Any], resume: str) -> bool:
     return True
 
 
-def _differences(a: Any, b: Any, at: str = "") -> list[str]:
-    """Keys whose values differ. An absent key is null: a newer mdltool may have keys that an older one had not."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        keys = sorted(set(a) | set(b))
-        return [d for k in keys for d in _differences(a.get(k), b.get(k), f"{at}.{k}" if at else k)][:6]
-    return [] if a == b else [at or "request"]
-
-
 def _take_lock(partial: Path) -> IO[str]:
     handle = open(partial / _LOCK, "a")  # noqa: SIM115 - held until commit or death
     try:
@@ -358,16 +350,6 @@ def _take_lock(partial: Path) -> IO[str]:
             ) from None
         raise
     return handle
-
-
-def _empty(partial: Path) -> None:
-    for child in partial.iterdir():
-        if child.name == _LOCK:
-            continue
-        if child.is_dir() and not child.is_symlink():
-            shutil.rmtree(child)
-        else:
-            child.unlink()
 
 
 def partial_path(out: Path) -> Path:

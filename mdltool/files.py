@@ -1,10 +1,11 @@
-"""Files that are written whole or not at all, and what they hash to."""
+"""Files that are written whole or not at all, what they hash to, and what makes two plain values differ."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,16 @@ from typing import Any
 def digest_of(value: Any) -> str:
     """sha256 (hex) of a value's canonical JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def differences(a: Any, b: Any, at: str = "") -> list[str]:
+    """Keys whose values differ, at most 6. An absent key is null: a newer mdltool may have keys that an older one
+    had not.
+    """
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = sorted(set(a) | set(b))
+        return [d for k in keys for d in differences(a.get(k), b.get(k), f"{at}.{k}" if at else k)][:6]
+    return [] if a == b else [at or "request"]
 
 
 def sha256_file(path: Path) -> str:
@@ -46,3 +57,14 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def empty_directory(path: Path, but: str) -> None:
+    """Delete all that a directory holds but one name."""
+    for child in path.iterdir():
+        if child.name == but:
+            continue
+        if child.is_dir() and not child.is_symlink():
+            shutil.rmtree(child)
+        else:
+            child.unlink()
