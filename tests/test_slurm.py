@@ -306,6 +306,27 @@ def test_pipeline_without_its_inputs_submits_nothing(world: World, tmp_path: Pat
     assert not (tmp_path / "called").exists()
 
 
+def test_pipeline_compresses_where_it_is_told_to(world: World, tmp_path: Path) -> None:
+    """By what it hands to sbatch."""
+    calls = tmp_path / "sbatch"
+    calls.write_text(f'#!/usr/bin/env bash\necho "$@" >> {tmp_path}/called\nwc -l < {tmp_path}/called\n')
+    calls.chmod(0o755)
+    env = clean_environment(1) | {"MDLTOOL_COMPRESS": "--rank 0.5 --finetune 7"}
+    env["PATH"] = f"{tmp_path}:{env['PATH']}"
+    work = tmp_path / "artifacts"
+    work.mkdir()
+    (work / "shards").symlink_to(world.work / "shards")
+    words = (world.work / "two.yaml", "--", "--set", "backbone.weights=scratch")
+    jobs = submitted(pipeline(work, env, *words))
+    assert list(jobs) == ["train", "eval", "compress", "eval-compressed", "report"]
+    lines = (tmp_path / "called").read_text().splitlines()
+    made, model = work / "model" / "two-compressed", work / "model" / "two"
+    assert lines[2].endswith(f"compress.sh {made} {model} --rank 0.5 --finetune 7")
+    after = [re.findall(r"--dependency=afterok:(\S+)", line) for line in lines]
+    assert after == [[], ["1"], ["1"], ["3"], ["2:4"]]
+    assert str(work / "eval" / "two-compressed") in lines[4]
+
+
 def last_step(work: Path) -> int:
     """Updates done by the training that runs in `work`, by its log."""
     path = work / "model" / "two.partial" / "metrics.jsonl"

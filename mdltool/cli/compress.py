@@ -44,6 +44,19 @@ def compress(
     independent: Annotated[
         bool, typer.Option("--independent", help="Each domain by itself: nothing is shared.")
     ] = False,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Score several ranks first: a table, sweep.csv and sweep.png.")
+    ] = False,
+    sweep_ranks: Annotated[
+        str | None, typer.Option("--sweep-ranks", help="Which (default: 0.0625,0.125,0.25,0.375,0.5,0.625).")
+    ] = None,
+    extend: Annotated[
+        str | None,
+        typer.Option("--extend", help="Add this model's new domain to a compressed model.", metavar="MODEL[:D]"),
+    ] = None,
+    grow: Annotated[
+        int, typer.Option("--grow", min=0, help="With --extend: so many more components of every weight.")
+    ] = 0,
     finetune: Annotated[
         int | None,
         typer.Option("--finetune", min=1, help="Then train what is a domain's own for so many updates."),
@@ -74,27 +87,58 @@ def compress(
     for value, known, option in ((rank_mode, _MODES, "--rank-mode"), (energy_scope, _SCOPES, "--energy-scope")):
         if value not in known:
             raise MdlError(f"'{value}' is not known", option, f"one of: {', '.join(known)}")
-    if sum(value is not None for value in (rank, energy, budget)) != 1:
-        raise MdlError("say how much is to be kept, in one way", "--rank, --energy, --budget", "e.g. --rank 0.5")
-    parsed = _rank(rank) if rank is not None else None
+    amounts = sum(value is not None for value in (rank, energy, budget))
+    sweeps = sweep or sweep_ranks is not None
+    if extend is not None and (amounts or sweeps or independent):
+        raise MdlError(
+            "the compressed model settles the ranks", "--extend", "leave out all but --grow and --finetune"
+        )
+    if grow and extend is None:
+        raise MdlError("nothing is added to a compressed model", "--grow", "--extend MODEL")
+    if extend is None and (amounts > 1 or (amounts == 0 and not sweeps)):
+        fix = "e.g. --rank 0.5, or --sweep alone"
+        raise MdlError("say how much is to be kept, in one way", "--rank, --energy, --budget", fix)
     place = work_dir(work)
+    parsed = _rank(rank) if rank is not None else None
     source = resolve(model, "model", place)
 
     from mdltool.stages import compress as stage
+    from mdltool.stages.compression import Amount, Finetune, parse_svd
+    from mdltool.stages.sweeping import RANKS, Sweep, parse_ranks
 
-    svd, rest = stage.parse_svd(overrides or ())
-    if finetune is None and (rest or data or resume):
-        given = f"--set {rest[0]}" if rest else "--data" if data else "--resume"
+    svd, rest = parse_svd(overrides or ())
+    if finetune is None and (rest or (data and not sweeps)):
+        given = f"--set {rest[0]}" if rest else "--data"
         raise MdlError("nothing is trained", given, "add --finetune UPDATES")
-    training = None
-    if finetune is not None:
-        shards = shards_for(data, place, list(source.load_json("model.json")["domains"]), ("train", "val"))
-        count = default_workers() if workers is None else workers
-        training = stage.Finetune(finetune, shards, rest, resume, count)
-    amount = stage.Amount(parsed, energy, budget, rank_mode, energy_scope, min_rank, independent)  # type: ignore[arg-type]
-    name = _label(rank, energy, budget, independent, finetune)
-    target = out or place / "model" / f"{source.path.resolve().name}-{name}"
-    artifact = stage.run(source, amount, target, work=place, svd=svd, finetune=training)
+    count = default_workers() if workers is None else workers
+    domains = list(source.load_json("model.json")["domains"])
+    name = source.path.resolve().name
+    if extend is not None:
+        other, domain = _other(extend)
+        shards = shards_for(data, place, [domain or _new(other, domains)], ("train", "val")) if finetune else []
+        training = Finetune(finetune, shards, rest, resume, count) if finetune is not None else None
+        from mdltool.stages import extend as extending
+
+        target = out or place / "model" / f"{name}+{domain or _new(other, domains)}{f'-g{grow}' if grow else ''}"
+        added = extending.run(source, other, domain, target, work=place, grow=grow, finetune=training)
+        console.emit(added, as_json)
+        return
+    ranks = parse_ranks(sweep_ranks) if sweep_ranks is not None else RANKS
+    splits = (("train",) if finetune is not None else ()) + (("val",) if finetune is not None or sweeps else ())
+    shards = shards_for(data, place, domains, splits) if splits else []
+    training = Finetune(finetune, shards, rest, resume, count) if finetune is not None else None
+    amount = Amount(parsed, energy, budget, rank_mode, energy_scope, min_rank, independent)  # type: ignore[arg-type]
+    label = _label(rank, energy, budget, independent, finetune)
+    swept = Sweep(shards, ranks, count) if sweeps else None
+    artifact = stage.run(
+        source,
+        amount,
+        out or place / "model" / f"{name}-{label}",
+        work=place,
+        svd=svd,
+        finetune=training,
+        sweep=swept,
+    )
     show(artifact)
     console.emit(artifact, as_json)
 
@@ -116,8 +160,27 @@ def _label(
     rank: str | None, energy: float | None, budget: str | None, independent: bool, finetune: int | None
 ) -> str:
     """What an artifact's name says of the request: r0.5, e0.9-independent, b0.5x-ft200."""
-    amount = f"r{rank}" if rank is not None else f"e{energy:g}" if energy is not None else f"b{budget}"
+    named = (("r", rank), ("e", None if energy is None else f"{energy:g}"), ("b", budget))
+    amount = next((letter + value for letter, value in named if value is not None), "swept")
     return amount + ("-independent" if independent else "") + (f"-ft{finetune}" if finetune else "")
+
+
+def _other(text: str) -> tuple[Artifact, str | None]:
+    """MODEL or MODEL:DOMAIN."""
+    from mdltool.artifact import open_artifact
+
+    path, colon, domain = text.rpartition(":")
+    if colon and not Path(text).exists():
+        return open_artifact(Path(path), "model"), domain
+    return open_artifact(Path(text), "model"), None
+
+
+def _new(other: Artifact, domains: list[str]) -> str:
+    """The only domain of another model that is not among these."""
+    added = [name for name in other.load_json("model.json")["domains"] if name not in domains]
+    if len(added) != 1:
+        raise MdlError(f"{len(added)} of its domains are new", other.path, "--extend MODEL:DOMAIN")
+    return added[0]
 
 
 def show(artifact: Artifact, to_stdout: bool = False) -> None:

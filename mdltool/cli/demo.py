@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 DOMAINS = ("chalk", "neon", "field")
 CLIPS_PER_CLASS = 24
+FINETUNE = 30  # updates after the compression
 
 
 def register(app: typer.Typer) -> None:
@@ -43,6 +44,8 @@ def demo(
     run.prepare()
     models = {"adapters": run.model("tiny_demo")}
     evals = {"adapters": run.evaluate("tiny_demo")}
+    models["compressed"] = run.compressed("tiny_demo")
+    evals["compressed"] = run.evaluate(models["compressed"].name)
     if baselines:
         for label, recipe in (("multi-head", "tiny_multihead"), ("per-frame", "tiny_perframe")):
             models[label] = run.model(recipe)
@@ -98,6 +101,13 @@ class _Runner:
         target = self.work / "eval" / name
         model = self.work / "model" / name
         self._run("eval", model, "--views", "10x3", "--work", self.work, "--out", target)
+        return target
+
+    def compressed(self, recipe: str) -> Path:
+        """Compress that model to half its ranks and fine-tune it a little; the result's path."""
+        source, target = self.work / "model" / recipe, self.work / "model" / f"{recipe}-r0.5"
+        tune = ("--finetune", FINETUNE, "--set", "val.every=0", *self._train_seed())
+        self._run("compress", source, "--rank", 0.5, *tune, "--work", self.work, "--out", target)
         return target
 
     def report(self, evals: list[Path]) -> Path:

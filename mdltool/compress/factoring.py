@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from mdltool.adapters.factored import Axes, FactoredWeight, FactorSpec, weight_of
-from mdltool.compress.joint_svd import Balance, Decomposition, Scale, decompose, project
+from mdltool.compress.joint_svd import Balance, Decomposition, Scale, decompose, grow, project
 from mdltool.compress.ranks import Choice, Weight
 from mdltool.model import MultiDomainModel
 
@@ -178,6 +178,40 @@ def factor_specs(
             spec = FactorSpec(rank, entry.weight.axes, entry.independent)
             specs.setdefault(entry.weight.site, {})[entry.weight.parameter] = spec
     return specs
+
+
+def extended_factors(
+    tensors: dict[str, Tensor],
+    weight: SiteWeight,
+    spec: FactorSpec,
+    domain: str,
+    old: Sequence[str],
+    dense: Tensor,
+    more: int = 0,
+) -> tuple[FactorSpec, float, float]:
+    """Add a new domain's factors of a weight to a compressed model's tensors, in place.
+
+    old: the domains that it has. dense: the new one's weight. more: further components of the shared factor, for
+    what it cannot hold; the old domains' private factors have zeros there, so that their products stay. Returns
+    how the weight is stored now, the new domain's squared norm, and what of it is lost.
+    """
+    matrix = weight.axes.matrix(dense).double()
+    if spec.independent:
+        own = decompose({domain: matrix})
+        best = own.truncate(min(spec.rank, own.max_rank))
+        shared, private = _padded(best.shared, -1, spec.rank), _padded(best.private[domain], -2, spec.rank)
+    else:
+        shared = tensors[weight.keys(domain, False)[0]].double()
+        if more:
+            shared = _padded(torch.cat([shared, grow(matrix, shared, more)], -1), -1, spec.rank + more)
+            for name in old:
+                key = weight.keys(name, False)[1]
+                tensors[key] = _padded(tensors[key], -2, spec.rank + more)
+        private, _ = project(matrix, shared)
+    for key, value in zip(weight.keys(domain, spec.independent), (shared, private), strict=True):
+        tensors[key] = value.to(dense.dtype)
+    gone = float((matrix - shared @ private).square().sum())
+    return replace(spec, rank=shared.shape[-1]), float(matrix.square().sum()), gone
 
 
 def fit_factors(adapter: nn.Module, parameter: str, dense: Tensor) -> float:

@@ -64,6 +64,7 @@ def document(evals: Sequence[Evaluated]) -> str:
         page.section("Parameters", parameters(evals)),
         *(page.section(f"Learning: {e.label}", learning(e)) for e in evals if e.model is not None),
         *(page.section(f"Branches: {e.label}", branch_weights(e)) for e in evals if e.model is not None),
+        *(page.section(f"Compression: {e.label}", compression(e)) for e in evals if e.model is not None),
         *(page.section(f"Classes: {e.label}", classes(e)) for e in evals),
         page.section("Where it comes from", *(lineage(e) for e in evals)),
     ]
@@ -165,6 +166,45 @@ def branch_weights(e: Evaluated) -> str:
     """What the branches of MST-Adapters learned, in the weights that were evaluated."""
     assert e.model is not None
     return branches.section(e.model, e.artifact.request.get("weights", "last"))
+
+
+def compression(e: Evaluated) -> str:
+    """Of a compressed model: what other ranks would cost and score, where that was measured, and its weights."""
+    assert e.model is not None
+    parts = []
+    if "sweep.json" in e.model.files:
+        sweep = e.model.load_json("sweep.json")
+        points, metrics = sweep["points"], sweep["metrics"]
+        rows = [
+            (
+                "dense" if point["rank"] is None else f"{point['rank']:g}",
+                f"{point['adapters']:,}",
+                f"{point['parameters']:,}",
+                f"{100 * point['retained']:.1f}",
+                *(shown(metrics[domain], value) for domain, value in point["scores"].items()),
+            )
+            for point in points
+        ]
+        headings = (f"{domain} {METRICS[metric]}" for domain, metric in metrics.items())
+        columns = ("rank", "adapters", "parameters", "energy, %", *headings)
+        parts.append(page.figures({"before fine-tuning": plots.sweep(points)}) + page.table(columns, rows))
+    if "compression.json" in e.model.files:
+        weights = [
+            (
+                row["site"],
+                row["parameter"],
+                row["form"],
+                "" if row["rank"] is None else row["rank"],
+                row["full"],
+                f"{100 * row['retained']:.1f}",
+                f"{row['stored']:,}",
+                f"{row['dense']:,}",
+            )
+            for row in e.model.load_json("compression.json")["weights"]
+        ]
+        columns = ("site", "weight", "form", "rank", "of", "energy, %", "stored", "dense")
+        parts.append(page.folded("weights", page.table(columns, weights)))
+    return "".join(parts)
 
 
 def classes(e: Evaluated) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -38,6 +39,11 @@ def curves(by_domain: Mapping[str, Curve], ylabel: str, percent: bool = False, a
     across: what the points are told apart by, where it is not updates.
     """
     with plt.rc_context(_STYLE):
+        return _svg(_lines(by_domain, ylabel, percent, across))
+
+
+def _lines(by_domain: Mapping[str, Curve], ylabel: str, percent: bool, across: str) -> Figure:
+    with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(figsize=(4.6, 2.7))
         for number, (domain, points) in enumerate(by_domain.items()):
             x, y = np.array(points, dtype=float).T
@@ -51,7 +57,24 @@ def curves(by_domain: Mapping[str, Curve], ylabel: str, percent: bool = False, a
         axes.set_xlabel(across)
         axes.set_ylabel(ylabel)
         axes.legend(frameon=False)
-        return _svg(figure)
+        return figure
+
+
+def sweep(points: Sequence[Mapping[str, Any]]) -> str:
+    """Each domain's score against the numbers that its adapters take; points as sweep.json has them."""
+    return curves(_by_domain(points), "score, %", True, across="numbers in adapters")
+
+
+def sweep_png(path: Path, points: Sequence[Mapping[str, Any]]) -> None:
+    """The same as a file."""
+    figure = _lines(_by_domain(points), "score, %", True, "numbers in adapters")
+    with plt.rc_context(_STYLE):
+        figure.savefig(path, format="png", dpi=160, metadata={"Software": None})
+        plt.close(figure)
+
+
+def _by_domain(points: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
+    return {d: [(point["adapters"], point["scores"][d]) for point in points] for d in points[0]["scores"]}
 
 
 def class_bars(

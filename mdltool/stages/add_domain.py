@@ -24,9 +24,8 @@ from mdltool.model_store import (
     write_model_json,
 )
 from mdltool.registry import did_you_mean
-from mdltool.schema import Recipe
 from mdltool.source_adapters import begin_as_source
-from mdltool.stages.continuing import plain_losses, settled
+from mdltool.stages.continuing import alone, joined, settled
 from mdltool.stages.fitting import Scope, fit, gather_data
 from mdltool.stages.plan import model_spec
 from mdltool.train.checkpoint import save_tensors
@@ -56,7 +55,7 @@ def run(
     refuse_fused(content, source.path)
     _check(content, domain, start_from)
     shards = list(shards)
-    recipe = _recipe_for(content["recipe"], domain, _task(shards), overrides, source)
+    recipe = settled(alone(content["recipe"], domain, _task(shards)), overrides, source)
     data = gather_data(recipe, shards)
     given = (("model", source), ("train", data[domain].train), ("val", data[domain].val))
     inputs = [artifact.as_input(role) for role, artifact in given if artifact is not None]
@@ -81,7 +80,7 @@ def run(
     if draft is not None:
         save_tensors(draft.path / "weights" / "last.safetensors", stored_tensors(model.to("cpu"), own))
         classes = {name: tuple(entry["classes"]) for name, entry in content["domains"].items()} | {domain: names}
-        _commit(draft, model, _joined(content["recipe"], recipe, domain), classes, own, progress)
+        _commit(draft, model, joined(content["recipe"], recipe, domain), classes, own, progress)
     return open_together(world, out, "model")
 
 
@@ -106,15 +105,6 @@ def _commit(
     draft.commit(summary, volatile=("metrics.jsonl", "tensorboard"), drop=("checkpoints",))
 
 
-def _joined(stored: dict[str, Any], recipe: Recipe, domain: str) -> dict[str, Any]:
-    """The model's recipe with the new domain."""
-    batch = stored["data"]["batch"]
-    if isinstance(batch, dict):
-        batch = {**batch, domain: recipe.data.batch}
-    domains = {**stored["domains"], **recipe.model_dump(mode="json")["domains"]}
-    return {**stored, "domains": domains, "data": {**stored["data"], "batch": batch}}
-
-
 def _check(content: dict[str, Any], domain: str, start_from: str | None) -> None:
     domains = content["domains"]
     if domain in domains:
@@ -126,29 +116,3 @@ def _check(content: dict[str, Any], domain: str, start_from: str | None) -> None
 def _task(shards: Sequence[Artifact]) -> str:
     """The task of the new domain; where its shards differ in it, gather_data refuses them."""
     return ShardIndex.open(shards[0]).task if shards else "single_label"
-
-
-def _recipe_for(
-    stored: dict[str, Any], domain: str, task: str, overrides: Sequence[str], source: Artifact
-) -> Recipe:
-    """The model's recipe for the new domain alone: its last step, with everything old frozen.
-
-    One domain has batches and a loss of its own, however the others were trained.
-    """
-    step = {**stored["train"]["steps"][-1], "regime": "frozen"}
-    batch = stored["data"]["batch"]
-    alone = {"batch": max(batch.values()) if isinstance(batch, dict) else batch, "proportions": None}
-    alone |= {"fraction": 1.0, "per_class": None, "subset_seed": 0}  # how much there was of the others' training
-    augment = {**stored["data"]["augment"], "mix_scope": "masked", "smooth_classes": None}
-    train = {**stored["train"], "steps": [step], "batches": "in_turn", "split": "rows"}
-    if not stored["adapters"] and train["bn"] not in ("per_domain", "per_domain_stats"):
-        train["sync_bn"] = False  # the BatchNorms are the old domains'
-    content = {
-        **stored,
-        "published": None,
-        "domains": {domain: {"task": task}},
-        "losses": plain_losses(stored),
-        "train": train,
-        "data": {**stored["data"], **alone, "augment": augment},
-    }
-    return settled(content, overrides, source)

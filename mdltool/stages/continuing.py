@@ -38,6 +38,38 @@ def plain_losses(stored: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in stored["losses"].items() if k not in ("norm", "inf", "proj", "weights")}
 
 
+def alone(stored: Mapping[str, Any], domain: str, task: str) -> dict[str, Any]:
+    """The model's recipe for a new domain alone: its last step, with everything old frozen.
+
+    One domain has batches and a loss of its own, however the others were trained.
+    """
+    step = {**stored["train"]["steps"][-1], "regime": "frozen"}
+    batch = stored["data"]["batch"]
+    single = {"batch": max(batch.values()) if isinstance(batch, dict) else batch, "proportions": None}
+    single |= {"fraction": 1.0, "per_class": None, "subset_seed": 0}  # how much there was of the others' training
+    augment = {**stored["data"]["augment"], "mix_scope": "masked", "smooth_classes": None}
+    train = {**stored["train"], "steps": [step], "batches": "in_turn", "split": "rows"}
+    if not stored["adapters"] and train["bn"] not in ("per_domain", "per_domain_stats"):
+        train["sync_bn"] = False  # the BatchNorms are the old domains'
+    return {
+        **stored,
+        "published": None,
+        "domains": {domain: {"task": task}},
+        "losses": plain_losses(stored),
+        "train": train,
+        "data": {**stored["data"], **single, "augment": augment},
+    }
+
+
+def joined(stored: Mapping[str, Any], recipe: Recipe, domain: str) -> dict[str, Any]:
+    """The model's recipe with the new domain of a recipe for it alone."""
+    batch = stored["data"]["batch"]
+    if isinstance(batch, dict):
+        batch = {**batch, domain: recipe.data.batch}
+    domains = {**stored["domains"], **recipe.model_dump(mode="json")["domains"]}
+    return {**stored, "domains": domains, "data": {**stored["data"], "batch": batch}}
+
+
 def finetuning(
     stored: Mapping[str, Any], updates: int, clips: Mapping[str, int], overrides: Sequence[str], source: Artifact
 ) -> Recipe:

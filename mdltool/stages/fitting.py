@@ -280,12 +280,12 @@ def _validator(
 
     def validate(model: MultiDomainModel) -> dict[str, dict[str, float]]:
         with autocast():
-            return {n: _validate_domain(recipe, model, n, index, workers, world) for n, index in indices.items()}
+            return {n: score_split(recipe, model, n, index, workers, world) for n, index in indices.items()}
 
     return validate if indices else None
 
 
-def _validate_domain(
+def score_split(
     recipe: Recipe, model: MultiDomainModel, domain: str, index: ShardIndex, workers: int, world: World
 ) -> dict[str, float]:
     """The task's metrics and its loss, which is over the clips that decode; NaN where none does."""

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Submits every stage of a recipe, each after the ones it needs: shard arrays, merges, backbone pretrain, train,
-# eval, report. Prints the jobs, one a line: number, stage. It runs on the login node and waits for nothing.
+# compress, eval, report. Prints the jobs, one a line: number, stage. It runs on the login node and waits for nothing.
 #
 #   scripts/slurm/pipeline.sh RECIPE [DOMAIN-SPLIT='SOURCE OPTIONS']... [-- OPTIONS OF mdltool train]
 #
@@ -16,15 +16,17 @@
 #   MDLTOOL_WORK             work directory (default ./artifacts); logs go to its slurm/
 #   MDLTOOL_NAME             name of the model, eval and report (default: the recipe's)
 #   MDLTOOL_PARTS            array tasks for each domain and split (default 4)
-#   MDLTOOL_NODES            nodes of pretrain, train and eval (default 1)
+#   MDLTOOL_NODES            nodes of pretrain, train, compress and eval (default 1)
 #   MDLTOOL_TASKS            processes on each of these nodes, one a GPU (default 1)
 #   MDLTOOL_CPUS             processors of each process and of the one-process stages (default 4)
 #   MDLTOOL_PRETRAIN         domain to pretrain the backbone on, where the recipe wants pretrained weights
 #   MDLTOOL_PRETRAIN_OPTIONS further options of `mdltool backbone pretrain`, split at blanks
 #   MDLTOOL_BACKBONE         or: the backbone artifact to start from (default: the work directory's latest)
 #   MDLTOOL_EVAL             options of `mdltool eval`, e.g. '--views 10x3 --split test'
+#   MDLTOOL_COMPRESS         compress too: options of `mdltool compress`, e.g. '--rank 0.5 --finetune 500'; both models
+#                            are scored and reported
 #   MDLTOOL_SBATCH           options of sbatch for every job, split at blanks
-#   MDLTOOL_SBATCH_TRAIN     the same for pretrain, train and eval, e.g. '--gpus-per-node=4 --time=24:00:00'
+#   MDLTOOL_SBATCH_TRAIN     the same for pretrain, train, compress and eval, e.g. '--gpus-per-node=4 --time=24:00:00'
 #   MDLTOOL_ENV, MDLTOOL_WORKERS, MDLTOOL_MAX_RESTARTS: see common.sh
 #
 # Partition, account and the like also come from sbatch's own variables: SBATCH_PARTITION, SBATCH_ACCOUNT ...
@@ -132,5 +134,19 @@ fi
 submit train "$ready" "${parallel[@]}" "$scripts/train.sh" "$work/model/$name" --recipe "$recipe" \
   "${backbone[@]}" "$@"
 read -ra words <<< "${MDLTOOL_EVAL:-}"
-submit eval ":$job" "${parallel[@]}" "$scripts/eval.sh" "$work/model/$name" --out "$work/eval/$name" "${words[@]}"
-submit report ":$job" "$scripts/stage.sh" report "$work/eval/$name" --out "$work/report/$name"
+trained="$job"
+submit eval ":$trained" "${parallel[@]}" "$scripts/eval.sh" "$work/model/$name" --out "$work/eval/$name" \
+  "${words[@]}"
+evals=("$work/eval/$name")
+scored=":$job"
+if [ -n "${MDLTOOL_COMPRESS:-}" ]; then
+  read -ra how <<< "$MDLTOOL_COMPRESS"
+  small="$name-compressed"
+  submit compress ":$trained" "${parallel[@]}" "$scripts/compress.sh" "$work/model/$small" "$work/model/$name" \
+    "${how[@]}"
+  submit eval-compressed ":$job" "${parallel[@]}" "$scripts/eval.sh" "$work/model/$small" \
+    --out "$work/eval/$small" "${words[@]}"
+  evals+=("$work/eval/$small")
+  scored="$scored:$job"
+fi
+submit report "$scored" "$scripts/stage.sh" report "${evals[@]}" --out "$work/report/$name"

@@ -385,7 +385,6 @@ def test_the_command_says_what_is_missing(trained: Path, mdltool: Callable[..., 
         (("--rank", "0.5", "--set", "svd.scale=up"), "scale"),
         (("--rank", "0.5", "--set", "svd.rank=3"), "svd"),
         (("--rank", "0.5", "--set", "train.seed=3"), "nothing is trained"),
-        (("--rank", "0.5", "--resume"), "nothing is trained"),
         (("--rank", "0.5", "--rank-mode", "all"), "not known"),
     ):
         ran = mdltool("compress", trained, *words, "--work", tmp_path, "--out", tmp_path / "x")
@@ -413,3 +412,34 @@ def test_domains_of_compressed_models_are_split_and_mounted(mdltool: Callable[..
     other = compress.run(open_artifact(tmp_path / "m"), more, tmp_path / "o", work=tmp_path)
     with pytest.raises(MdlError):
         reduced(load_model(other), "b").mount("b", pack)
+
+
+def test_a_sweep_scores_every_rank(
+    trained: Path, world: World, mdltool: Callable[..., Ran], tmp_path: Path
+) -> None:
+    where = ("--work", world.work, "--workers", 0)
+    words = ("compress", trained, "--sweep", "--sweep-ranks", "0.25,2", *where)
+    ran = mdltool(*words, "--out", tmp_path / "swept")
+    made = open_artifact(ran.path)
+    points = made.load_json("sweep.json")["points"]
+    assert [point["rank"] for point in points] == [0.25, 2, None]
+    assert "is taken" in ran.err
+    assert made.summary["compressed"]["rank"] in (0.25, 2)
+    for point in points[:-1]:
+        amount = compress.Amount(rank=point["rank"])
+        alone = compress.run(open_artifact(trained), amount, tmp_path / f"r{point['rank']}", work=world.work)
+        assert alone.summary["parameters"]["total"] == point["parameters"]
+        assert alone.summary["compressed"]["stored"] == point["adapters"]
+        assert set(point["scores"]) == {"chalk", "neon"}
+    assert points[-1]["parameters"] == open_artifact(trained).load_json("model.json")["parameters"]["total"]
+    table = (made.path / "sweep.csv").read_text().splitlines()
+    assert len(table) == 4
+    assert table[0].startswith("rank,adapters,parameters,retained,chalk.top1,neon.top1,mean")
+    assert (made.path / "sweep.png").read_bytes()[1:4] == b"PNG"
+    scored = mdltool("eval", made.path, "--views", "1x1", *where, "--out", tmp_path / "e").path
+    page = mdltool("report", scored, "--work", world.work, "--out", tmp_path / "r").path / "report.html"
+    assert "before fine-tuning" in page.read_text()
+    both = mdltool(*words, "--rank", "2", "--finetune", 2, "--out", tmp_path / "both").path
+    assert open_artifact(both).summary["compressed"]["rank"] == 2
+    ran = mdltool(*words[:-2], "--sweep-ranks", "big", "--out", tmp_path / "x", "--work", world.work)
+    assert (ran.code, "no list of ranks" in ran.err) == (1, True)
