@@ -80,6 +80,8 @@ def compress(
 
     --finetune runs the last step of the model's own recipe with what domains share frozen; --set changes it.
     """
+    import os
+
     from mdltool import console
     from mdltool.artifact import work_dir
     from mdltool.cli.inputs import default_workers, resolve, shards_for
@@ -139,7 +141,8 @@ def compress(
         finetune=training,
         sweep=swept,
     )
-    show(artifact)
+    if int(os.environ.get("RANK", "0")) == 0:
+        show(artifact)
     console.emit(artifact, as_json)
 
 
