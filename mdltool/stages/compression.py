@@ -101,7 +101,7 @@ def training_of(stored: Mapping[str, Any], finetune: Finetune, source: Artifact)
     data = gather_data(Recipe.model_validate(stored), finetune.shards)
     clips = {name: len(part.train_index) for name, part in data.items()}
     recipe = finetuning(stored, finetune.updates, clips, finetune.overrides, source)
-    return Training(recipe, data, finetune.workers)
+    return Training(recipe, gather_data(recipe, finetune.shards), finetune.workers)
 
 
 def inputs_of(source: Artifact, others: Sequence[Artifact], training: Training | None, work: Path) -> list[Input]:
