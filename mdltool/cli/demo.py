@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 DOMAINS = ("chalk", "neon", "field")
 CLIPS_PER_CLASS = 24
-FINETUNE = 30  # updates after the compression
+FINETUNE = 60  # updates after the compression
+VIEWS = "3x3"
 
 
 def register(app: typer.Typer) -> None:
@@ -96,11 +97,11 @@ class _Runner:
         return target
 
     def evaluate(self, recipe: str, domain: str | None = None) -> Path:
-        """Evaluate that model over 10x3 views; the eval's path."""
+        """Evaluate that model; the eval's path."""
         name = _name(recipe, domain)
         target = self.work / "eval" / name
         model = self.work / "model" / name
-        self._run("eval", model, "--views", "10x3", "--work", self.work, "--out", target)
+        self._run("eval", model, "--views", VIEWS, "--work", self.work, "--out", target)
         return target
 
     def compressed(self, recipe: str) -> Path:
@@ -179,5 +180,5 @@ def _show(found: dict[str, Any]) -> None:
         cells = [f"{100 * value:.1f}" for row in separate for value in row["top1"].values()]
         rows.append(("separate, together", *cells, "", "", sum(row["parameters"] for row in separate)))
     columns = ("model", *DOMAINS, "appearance classes", "reversed pairs", "parameters")
-    console.table("Top-1 in percent over 10x3 views", columns, [(*r[:-1], f"{r[-1]:,}") for r in rows])
+    console.table(f"Top-1 in percent over {VIEWS} views", columns, [(*r[:-1], f"{r[-1]:,}") for r in rows])
     console.say(f"{found['seconds']:.0f} s in all. The report:")

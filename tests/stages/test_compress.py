@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from mdltool.adapters.factored import FactorSpec, value, weight_of
 from mdltool.artifact import Artifact, begin, open_artifact
 from mdltool.compress import ranks
-from mdltool.compress.factoring import decompositions, factor_specs, factored, site_weights
+from mdltool.compress.factoring import MATRICISE, decompositions, factor_specs, factored, site_weights
 from mdltool.compress.ranks import Choice, Weight
 from mdltool.domain_pack import read_pack
 from mdltool.errors import MdlError
@@ -29,7 +29,7 @@ from mdltool.stages.plan import model_spec, outputs_of
 from mdltool.train.checkpoint import save_tensors
 from mdltool.train.loop import MetricsLog
 from tests.adapters.test_contract import clip
-from tests.adapters.test_factored import CASES, fresh
+from tests.adapters.test_factored import CASES, fresh, multiplied_out
 from tests.conftest import Ran, World
 
 HALF = compress.Amount(rank=0.5)
@@ -443,3 +443,34 @@ def test_a_sweep_scores_every_rank(
     assert open_artifact(both).summary["compressed"]["rank"] == 2
     ran = mdltool(*words[:-2], "--sweep-ranks", "big", "--out", tmp_path / "x", "--work", world.work)
     assert (ran.code, "no list of ranks" in ran.err) == (1, True)
+
+
+@pytest.mark.parametrize("matricise", MATRICISE[1:])
+def test_other_sides_of_convolutions_are_shared(matricise: str, tmp_path: Path) -> None:
+    source = stored(fresh("2d", "x3d_tiny"), tmp_path / "m")
+    svd = compress.Svd(matricise=matricise)
+    amount = compress.Amount(rank=1 if matricise == "basis" else 2)  # more of two domains saves nothing there
+    made = compress.run(source, amount, tmp_path / "s", work=tmp_path, svd=svd)
+    small = load_model(made).double()
+    small.load_tensors(load_file(made.file("weights/last.safetensors")), "test")
+    x = clip(small).double()
+    torch.testing.assert_close(small(x, "b"), multiplied_out(small)(x, "b"), rtol=1e-8, atol=1e-8)
+    kinds = {row["form"] for row in made.load_json("compression.json")["weights"]}
+    assert "shared" in kinds
+    assert numbers_of_adapters(made) < numbers_of_adapters(source)
+
+
+def test_the_scale_moves_no_product(tmp_path: Path) -> None:
+    source = stored(fresh("st", "clip_vit_tiny"), tmp_path / "m")
+    products: dict[str, torch.Tensor] = {}
+    for scale in ("left", "sqrt", "right"):
+        svd = compress.Svd(scale=scale, balance="frobenius")
+        made = compress.run(source, compress.Amount(rank=2), tmp_path / scale, work=tmp_path, svd=svd)
+        tensors = load_file(made.file("weights/last.safetensors"))
+        key = next(key for key in tensors if key.endswith("factors.up.weight"))
+        site = key.split("/")[1]
+        products[scale] = tensors[key] @ tensors[f"b/{site}/up.weight.private"]
+        lengths = torch.linalg.vector_norm(tensors[key], dim=0)
+        assert torch.allclose(lengths, torch.ones(2).double()) == (scale == "right")
+    torch.testing.assert_close(products["left"], products["right"], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(products["left"], products["sqrt"], rtol=1e-9, atol=1e-9)
