@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 DOMAINS = ("chalk", "neon", "field")
 CLIPS_PER_CLASS = 24
 FINETUNE = 60  # updates after the compression
-VIEWS = "3x3"
+VIEWS = "10x3"
 
 
 def register(app: typer.Typer) -> None:
