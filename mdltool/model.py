@@ -249,11 +249,11 @@ class MultiDomainModel(nn.Module):
         if domain in self.spec.domains:
             raise MdlError(f"the model has a domain '{domain}' already", pack.where, "give it another name")
         pack.check(model_form(self.spec), **self.digests())
+        normalize = {**self.spec.normalize, **({domain: pack.normalize} if pack.normalize else {})}
         parts = with_tensors(self._shells(pack.outputs), pack, self.mean.device)
         self.heads[domain] = parts["head"].train(self.training)
         for name, wrapper in self._wrappers():
             wrapper.domain_modules[domain] = parts[name].train(self.training)
-        normalize = {**self.spec.normalize, **({domain: pack.normalize} if pack.normalize else {})}
         domains = {**self.spec.domains, domain: pack.outputs}
         self.spec = dataclasses.replace(self.spec, domains=domains, normalize=normalize)
 

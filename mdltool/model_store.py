@@ -72,6 +72,8 @@ def load_model(artifact: Artifact, weights: str = "last", work: Path | None = No
     weights: last, best or ema. work: where to look for the backbone of a model that stores it by digest, when it is
     no longer at the path that the model remembers.
     """
+    if weights not in WEIGHTS:
+        raise MdlError(f"'{weights}' are no weights of a model", "--weights", f"one of: {', '.join(WEIGHTS)}")
     content = artifact.load_json("model.json")
     name = f"weights/{weights}.safetensors"
     if weights != "last" and name not in artifact.files:

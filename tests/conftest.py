@@ -14,6 +14,24 @@ from typing import Any
 
 import pytest
 
+# Files of few tests that take long begin first: begun last, one would keep a process busy while the others idle.
+LONG_FILES = (
+    "tests/test_slurm.py",
+    "tests/stages/test_pipeline.py",
+    "tests/train/test_processes.py",
+    "tests/train/test_engine.py",
+    "tests/stages/test_multitrain.py",
+    "tests/adapters/test_compile.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        file = item.nodeid.partition("::")[0]
+        return LONG_FILES.index(file) if file in LONG_FILES else len(LONG_FILES)
+
+    items.sort(key=place)
+
 
 @pytest.fixture(scope="session")
 def test_data() -> Path:

@@ -100,18 +100,21 @@ def compress(
     if extend is None and (amounts > 1 or (amounts == 0 and not sweeps)):
         fix = "e.g. --rank 0.5, or --sweep alone"
         raise MdlError("say how much is to be kept, in one way", "--rank, --energy, --budget", fix)
+    _refuse_idle(rank, energy, budget, rank_mode, energy_scope, min_rank, sweeps)
     place = work_dir(work)
     parsed = _rank(rank) if rank is not None else None
     source = resolve(model, "model", place)
 
     from mdltool.stages import compress as stage
-    from mdltool.stages.compression import Amount, Finetune, parse_svd
+    from mdltool.stages.compression import Amount, Finetune, Svd, parse_svd
     from mdltool.stages.sweeping import RANKS, Sweep, parse_ranks
 
     svd, rest = parse_svd(overrides or ())
-    if finetune is None and (rest or (data and not sweeps)):
-        given = f"--set {rest[0]}" if rest else "--data"
+    if finetune is None and (rest or svd.train_shared or (data and not sweeps)):
+        given = f"--set {rest[0]}" if rest else "--set svd.train_shared" if svd.train_shared else "--data"
         raise MdlError("nothing is trained", given, "add --finetune UPDATES")
+    if extend is not None and svd != Svd():
+        raise MdlError("the compressed model settles its decomposition", "--set svd", "leave it out")
     count = default_workers() if workers is None else workers
     domains = list(source.load_json("model.json")["domains"])
     name = source.path.resolve().name
@@ -144,6 +147,26 @@ def compress(
     if int(os.environ.get("RANK", "0")) == 0:
         show(artifact)
     console.emit(artifact, as_json)
+
+
+def _refuse_idle(
+    rank: str | None,
+    energy: float | None,
+    budget: str | None,
+    rank_mode: str,
+    energy_scope: str,
+    min_rank: int,
+    sweeps: bool,
+) -> None:
+    """Raise MdlError for an option that says something of an amount that is not given."""
+    fraction = sweeps or (rank is not None and not rank.isdigit())
+    for idle, option, of in (
+        (rank_mode != "per_domain" and not fraction, "--rank-mode", "--rank FRACTION"),
+        (energy_scope != "joint" and energy is None, "--energy-scope", "--energy"),
+        (min_rank != 1 and budget is None, "--min-rank", "--budget"),
+    ):
+        if idle:
+            raise MdlError(f"this option does nothing without {of}", option, f"add {of}, or leave it out")
 
 
 _MODES = ("per_domain", "stacked")

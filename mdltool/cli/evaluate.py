@@ -61,6 +61,7 @@ def evaluate(
 
     contest = _decathlon(decathlon, baseline, added, scores)
     if contest is not None and scores is not None:
+        _refuse_beside_scores({"--views": views, "--precision": precision, "--out": out})
         _score(contest, scores, model or data, as_json)
         return
     _check_words(weights, precision)
@@ -87,6 +88,15 @@ def evaluate(
     if int(os.environ.get("RANK", "0")) == 0:
         _table(artifact.load_json("metrics.json"))
         console.emit(artifact, as_json)
+
+
+def _refuse_beside_scores(given: dict[str, object]) -> None:
+    """Raise MdlError for an option of scoring a model, where there is none and no artifact is written."""
+    from mdltool.errors import MdlError
+
+    for option, value in given.items():
+        if value is not None:
+            raise MdlError("--scores takes accuracies that are there already", option, "leave it out")
 
 
 def _check_words(weights: str, precision: str | None) -> None:

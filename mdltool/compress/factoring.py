@@ -202,6 +202,7 @@ def extended_factors(
         shared, private = _padded(best.shared, -1, spec.rank), _padded(best.private[domain], -2, spec.rank)
     else:
         shared = tensors[weight.keys(domain, False)[0]].double()
+        more = max(0, min(more, shared.shape[-2] - spec.rank))  # a full basis holds everything
         if more:
             shared = _padded(torch.cat([shared, grow(matrix, shared, more)], -1), -1, spec.rank + more)
             for name in old:
@@ -226,8 +227,10 @@ def fit_factors(adapter: nn.Module, parameter: str, dense: Tensor) -> float:
         if held.independent:
             decomposition = decompose({"": matrix})
             rank = private.shape[-2]
-            best = decomposition.truncate(min(rank, decomposition.max_rank))
-            shared.copy_(_padded(best.shared, -1, rank))
+            # The basis is never zero, beyond the weight's own components it is what it was: of two zeros neither
+            # would ever get a gradient, and many adapters start at zero.
+            best = decomposition.truncate(min(rank, decomposition.max_rank), scale="right")
+            shared[..., : best.shared.shape[-1]].copy_(best.shared)
             fitted = _padded(best.private[""], -2, rank)
         else:
             fitted, _ = project(matrix, shared)

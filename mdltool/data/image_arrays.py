@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import lzma
 import struct
+import tokenize
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -17,7 +19,11 @@ from mdltool.data.video import VideoError
 ARRAY_SUFFIXES = (".npy", ".npz")
 _MEMBER = ".npy"
 _LOCAL_HEADER = struct.Struct("<26xHH")
-_FAULTS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
+# RuntimeError: an encrypted .npz; TokenError: a header that is no Python literal.
+_FAULTS = (
+    *(OSError, ValueError, KeyError, EOFError, RuntimeError),
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, tokenize.TokenError),
+)
 
 
 class ArrayFault(Exception):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from mdltool.model_store import backbone_with_weights, save_backbone, seeded
 from mdltool.schema import Recipe
 from mdltool.source_adapters import save_source_adapters
 from mdltool.stages.fitting import DomainData, fit, gather_data
-from mdltool.stages.plan import model_spec
+from mdltool.stages.plan import check, model_spec
 from mdltool.stages.weights import about
 from mdltool.train.distributed import join_world
 from mdltool.train.plan import Progress
@@ -40,6 +41,7 @@ def pretrain(
     classes, drawn by the recipe's seed, fewer of them part of more; None: all.
     """
     _check(recipe)
+    check(recipe)
     data = gather_data(recipe, shards)
     (domain,) = data
     if classes is not None:
@@ -60,8 +62,9 @@ def pretrain(
     )
     if isinstance(draft, Artifact):
         return draft
-    seeded(recipe.train.seed)
-    model = build_model(spec, backbone_with_weights(spec, None))
+    with draft or nullcontext():
+        seeded(recipe.train.seed)
+        model = build_model(spec, backbone_with_weights(spec, None))
     progress = fit(recipe, model, data, partial_path(out), own_backbone=True, workers=workers)
     if draft is not None:
         _keep_head(model.to("cpu"), domain)
@@ -78,7 +81,7 @@ def _check(recipe: Recipe) -> None:
     if recipe.adapters and any(step.regime != "joint" for step in recipe.train.steps):
         what = "adapters and backbone are pretrained together"
         raise MdlError(what, "train.steps.regime", "--set train.steps.0.regime=joint")
-    if recipe.train.bn in ("per_domain", "per_domain_stats"):
+    if recipe.train.bn in ("per_domain", "per_domain_stats", "recalibrate"):
         raise MdlError("pretraining is of the backbone's own BatchNorms", "train.bn", "--set train.bn=shared")
     if recipe.heads.type != "linear":
         raise MdlError("pretraining keeps its head as the classifier", "heads.type", "--set heads.type=linear")

@@ -23,6 +23,7 @@ from mdltool.stages.compression import (
     Finetune,
     Svd,
     announce,
+    check_amount,
     choose,
     describe_model,
     factorable,
@@ -64,9 +65,12 @@ def run(
     content = source.load_json("model.json")
     refuse_fused(content, source.path)
     spec = ModelSpec.from_json(content["spec"])
+    check_amount(amount)
     job = _Job(source, spec, factorable(spec, source, svd.matricise), amount, svd, finetune is None)
     scored = check_sweep(sweep, content, amount) if sweep is not None else {}
-    training = training_of(content["recipe"], finetune, source) if finetune is not None else None
+    training = (
+        training_of(content["recipe"], content["domains"], finetune, source) if finetune is not None else None
+    )
     inputs = inputs_of(source, [], training, work)
     inputs += [shards.as_input("sweep") for shards, _ in scored.values()]
     request = {

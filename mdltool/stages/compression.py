@@ -17,6 +17,7 @@ from mdltool.artifact import Artifact, Draft, Input
 from mdltool.compress import ranks
 from mdltool.compress.factoring import Decomposed, SiteWeight, site_weights
 from mdltool.compress.ranks import Choice
+from mdltool.data.index import ShardIndex
 from mdltool.errors import MdlError
 from mdltool.files import write_text
 from mdltool.model import build_model
@@ -32,7 +33,7 @@ from mdltool.model_store import (
 from mdltool.overrides import apply_override
 from mdltool.schema import Recipe
 from mdltool.stages.continuing import finetuning
-from mdltool.stages.fitting import DomainData, Scope, fit, gather_data
+from mdltool.stages.fitting import DomainData, Scope, check_domain, fit, gather_data
 from mdltool.train.checkpoint import save_tensors
 from mdltool.train.distributed import join_world
 from mdltool.train.plan import Progress
@@ -96,8 +97,15 @@ class Training:
     workers: int
 
 
-def training_of(stored: Mapping[str, Any], finetune: Finetune, source: Artifact) -> Training:
-    """Fine-tuning a model by a recipe, as it is stored or for one domain alone. Raises MdlError for bad shards."""
+def training_of(
+    stored: Mapping[str, Any], domains: Mapping[str, Any], finetune: Finetune, source: Artifact
+) -> Training:
+    """Fine-tuning a model by a recipe, as it is stored or for one domain alone.
+
+    domains: what model.json says of them. Raises MdlError for shards that are not the model's.
+    """
+    for artifact in finetune.shards:
+        check_domain(artifact, ShardIndex.open(artifact), domains)
     data = gather_data(Recipe.model_validate(stored), finetune.shards)
     clips = {name: len(part.train_index) for name, part in data.items()}
     recipe = finetuning(stored, finetune.updates, clips, finetune.overrides, source)
@@ -138,7 +146,9 @@ def describe_model(
 ) -> dict[str, Any]:
     """Write model.json and recipe.yaml. Returns what the summary says of every model."""
     with torch.device("meta"):
-        counts = build_model(spec).parameter_counts()
+        model = build_model(spec)
+        model.apply_regime("frozen", spec.bn)
+        counts = model.parameter_counts()
     names = {domain: tuple(entry) for domain, entry in classes.items()}
     write_model_json(draft.path, spec, recipe, names, own, counts)
     write_text(draft.path / "recipe.yaml", yaml.safe_dump(dict(recipe), sort_keys=False))
@@ -198,6 +208,16 @@ def read_model_tensors(source: Artifact, spec: ModelSpec, weights: str = "last")
         model = build_model(spec)
     model.load_tensors(tensors, path, with_backbone=bool(source.load_json("model.json")["own_backbone"]))
     return tensors
+
+
+def check_amount(amount: Amount) -> None:
+    """Raise MdlError for an amount that makes no sense for any weight."""
+    if amount.rank is not None:
+        ranks.by_rank([], amount.rank, amount.rank_mode)
+    if amount.energy is not None:
+        ranks.by_energy([], amount.energy, amount.energy_scope)
+    if amount.budget is not None:
+        ranks.parse_budget(amount.budget, 1)
 
 
 def choose(found: Mapping[str, Decomposed], amount: Amount, weighting: ranks.Weighting) -> dict[str, Choice]:

@@ -96,4 +96,29 @@ def finetuning(
         "losses": plain_losses(stored),
         "train": {**stored["train"], "steps": [step]},
     }
-    return settled(content, overrides, source)
+    result = settled(content, overrides, source)
+    trained, *more = result.train.steps
+    if more or trained.regime not in ("frozen", "heads", "adapters") or trained.updates != updates:
+        raise MdlError(
+            "fine-tuning is one step of as many updates as --finetune says, and its backbone is frozen",
+            "--set train.steps",
+            "leave out regime (but frozen, heads or adapters), updates and epochs",
+        )
+    return result
+
+
+def recipe_of(recipe: Recipe, domain: str) -> dict[str, Any]:
+    """What a recipe says of a domain, of it alone or of all: enough to be in another model what it is in this."""
+    part = recipe.domains[domain].model_dump(mode="json")
+    part["sampling"] = part["sampling"] or recipe.data.sampling.model_dump(mode="json")
+    if part["flip"] is None:
+        part["flip"] = 0.0 if part["augment"] == "none" else recipe.data.augment.flip
+    part["views"] = part["views"] or recipe.views.grid
+    proportions = recipe.data.proportions
+    return {
+        "domain": part,
+        "batch": recipe.batch_of(domain) if recipe.train.batches == "in_turn" else None,
+        "proportion": proportions.weights.get(domain) if proportions else None,
+        "replicas": proportions.replicas.get(domain) if proportions else None,
+        "views": recipe.views.model_dump(mode="json", exclude={"grid"}),
+    }

@@ -23,8 +23,8 @@ from mdltool.evaluate.views import parse_views
 from mdltool.files import write_text
 from mdltool.model import MultiDomainModel
 from mdltool.model_store import load_model
-from mdltool.registry import did_you_mean
 from mdltool.schema import Recipe
+from mdltool.stages.fitting import check_domain
 from mdltool.stages.plan import eval_views, grid_of
 from mdltool.tasks import TASKS
 from mdltool.train.distributed import World, gather_objects, join_world
@@ -61,6 +61,8 @@ def run(
     grids = {domain: grid_of(recipe, domain, views) for domain in indices}
     world = join_world()
     request: dict[str, Any] = {"views": grid, "weights": weights, "precision": precision}
+    if any(own != grid for own in grids.values()):
+        request["grids"] = grids
     if decathlon is not None:  # an eval without it keeps the request that it always had
         request["decathlon"] = asdict(decathlon)
     inputs = [model_artifact.as_input("model")] + [a.as_input("data") for a, _ in indices.values()]
@@ -86,25 +88,7 @@ def _check_shards(content: dict[str, Any], shards: list[Artifact]) -> dict[str, 
     found = {}
     for artifact in shards:
         index = ShardIndex.open(artifact)
-        if index.domain not in content["domains"]:
-            raise MdlError(
-                f"the model has no domain '{index.domain}'",
-                artifact.path,
-                did_you_mean(index.domain, content["domains"]),
-            )
-        if list(index.classes) != content["domains"][index.domain]["classes"]:
-            raise MdlError(
-                f"{index.domain}: these shards have other classes than the model",
-                artifact.path,
-                "use one class list",
-            )
-        if index.task != content["domains"][index.domain]["task"]:
-            raise MdlError(
-                f"{index.domain}: these shards are of the task {index.task}, the model is of "
-                f"{content['domains'][index.domain]['task']}",
-                artifact.path,
-                "give shards of the model's task",
-            )
+        check_domain(artifact, index, content["domains"])
         if index.domain in found:
             raise MdlError(f"two sets of shards for {index.domain}", artifact.path, "give one of them")
         found[index.domain] = (artifact, index)

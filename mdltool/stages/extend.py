@@ -35,7 +35,7 @@ from mdltool.stages.compression import (
     read_model_tensors,
     training_of,
 )
-from mdltool.stages.continuing import alone, joined
+from mdltool.stages.continuing import alone, joined, recipe_of
 from mdltool.stages.fitting import Scope
 from mdltool.train.checkpoint import save_tensors
 from mdltool.train.distributed import join_world
@@ -64,8 +64,8 @@ def run(
     stored = job.new["recipe"]
     task = stored["domains"][job.domain]["task"]
     own = alone(job.old["recipe"], job.domain, task)
-    own["domains"] = {job.domain: stored["domains"][job.domain]}
-    training = training_of(own, finetune, source) if finetune is not None else None
+    own["domains"] = {job.domain: recipe_of(Recipe.model_validate(stored), job.domain)["domain"]}
+    training = training_of(own, job.new["domains"], finetune, source) if finetune is not None else None
     request = {
         "domain": job.domain,
         "grow": grow,
@@ -114,6 +114,8 @@ def _job(source: Artifact, other: Artifact, domain: str | None, grow: int) -> _J
     spec, theirs = ModelSpec.from_json(old["spec"]), ModelSpec.from_json(new["spec"])
     if not spec.factors:
         raise MdlError("this model is not compressed", source.path, "mdltool compress it first, or add-domain")
+    if grow and all(factor.independent for site in spec.factors.values() for factor in site.values()):
+        raise MdlError("its domains share no factors that could grow", source.path, "leave out --grow")
     if theirs.factors:
         raise MdlError("the domain's adapters are compressed already", other.path, "give the model before that")
     if model_form(replace(spec, factors={})) != model_form(theirs):

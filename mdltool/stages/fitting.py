@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -54,6 +55,20 @@ class DomainData:
     def clips(self) -> int:
         """Of both splits."""
         return len(self.train_index) + (len(self.val_index) if self.val_index is not None else 0)
+
+
+def check_domain(artifact: Artifact, index: ShardIndex, domains: Mapping[str, Any]) -> None:
+    """Raise MdlError for shards of a domain, classes or a task that model.json does not say of the model."""
+    if index.domain not in domains:
+        fix = did_you_mean(index.domain, domains)
+        raise MdlError(f"the model has no domain '{index.domain}'", artifact.path, fix)
+    if list(index.classes) != domains[index.domain]["classes"]:
+        what = f"{index.domain}: these shards have other classes than the model"
+        raise MdlError(what, artifact.path, "use one class list")
+    task = domains[index.domain]["task"]
+    if index.task != task:
+        what = f"{index.domain}: these shards are of the task {index.task}, the model is of {task}"
+        raise MdlError(what, artifact.path, "give shards of the model's task")
 
 
 def gather_data(recipe: Recipe, shards: Iterable[Artifact]) -> dict[str, DomainData]:

@@ -59,6 +59,8 @@ def _joined(stored: dict[str, Any], name: str, part: Any) -> dict[str, Any]:
         "flip": data["augment"]["flip"],
         "views": stored["views"]["grid"],
     }
+    if domain["augment"] == "none":  # left out, it would mean no flips
+        del everybodys["flip"]
     domain |= {key: None for key, value in everybodys.items() if domain[key] == value}
     batch = data["batch"]
     if isinstance(batch, dict):

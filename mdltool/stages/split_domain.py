@@ -13,6 +13,7 @@ from mdltool.files import write_bytes
 from mdltool.model_store import load_model, refuse_fused
 from mdltool.registry import did_you_mean
 from mdltool.schema import Recipe
+from mdltool.stages.continuing import recipe_of
 
 
 def run(source: Artifact, domain: str, out: Path, *, weights: str = "last", work: Path) -> dict[str, Any]:
@@ -56,20 +57,4 @@ def run(source: Artifact, domain: str, out: Path, *, weights: str = "last", work
         "kind": "domain",
         "digest": hashlib.sha256(data).hexdigest(),
         "summary": summary,
-    }
-
-
-def recipe_of(recipe: Recipe, domain: str) -> dict[str, Any]:
-    """What a recipe says of a domain, of it alone or of all: enough to be in another model what it is in this."""
-    part = recipe.domains[domain].model_dump(mode="json")
-    part["sampling"] = part["sampling"] or recipe.data.sampling.model_dump(mode="json")
-    part["flip"] = recipe.data.augment.flip if part["flip"] is None else part["flip"]
-    part["views"] = part["views"] or recipe.views.grid
-    proportions = recipe.data.proportions
-    return {
-        "domain": part,
-        "batch": recipe.batch_of(domain) if recipe.train.batches == "in_turn" else None,
-        "proportion": proportions.weights.get(domain) if proportions else None,
-        "replicas": proportions.replicas.get(domain) if proportions else None,
-        "views": recipe.views.model_dump(mode="json", exclude={"grid"}),
     }

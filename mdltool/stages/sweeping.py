@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mdltool import console
 from mdltool.artifact import Artifact
 from mdltool.compress import ranks
@@ -20,10 +22,9 @@ from mdltool.errors import MdlError
 from mdltool.files import write_text
 from mdltool.model_spec import ModelSpec
 from mdltool.model_store import load_model
-from mdltool.registry import did_you_mean
 from mdltool.schema import Recipe
 from mdltool.stages.compression import Amount, Svd, choose, read_model_tensors, rows, totals
-from mdltool.stages.fitting import score_split
+from mdltool.stages.fitting import check_domain, score_split
 from mdltool.tasks import TASKS
 from mdltool.train.distributed import join_world
 
@@ -33,7 +34,7 @@ _POINT = 0.01  # of a headline metric
 
 @dataclass(frozen=True)
 class Sweep:
-    """Which ranks are scored, on which held-out shards: one centre view or what the recipe's `val` says."""
+    """Which ranks are scored, on which held-out shards, over the views of the recipe's `val`."""
 
     shards: Sequence[Artifact]
     ranks: Sequence[float] = RANKS
@@ -47,12 +48,9 @@ def check_sweep(sweep: Sweep, content: Mapping[str, Any], amount: Amount) -> dic
         index = ShardIndex.open(artifact)
         if index.split == "train":
             continue
-        if index.domain not in content["domains"]:
-            fix = did_you_mean(index.domain, content["domains"])
-            raise MdlError(f"the model has no domain '{index.domain}'", artifact.path, fix)
-        if list(index.classes) != content["domains"][index.domain]["classes"]:
-            what = f"{index.domain}: these shards have other classes than the model"
-            raise MdlError(what, artifact.path, "use one class list")
+        check_domain(artifact, index, content["domains"])
+        if index.domain in found:
+            raise MdlError(f"two sets of shards for {index.domain}", artifact.path, "give one of them")
         found[index.domain] = (artifact, index)
     if not found:
         raise MdlError("there is no held-out split to score the ranks on", "--sweep", "--data DOMAIN=SHARDS (val)")
@@ -88,7 +86,8 @@ def swept(
     found = decompositions(
         weights, tensors, list(spec.domains), independent=amount.independent, balance=svd.balance
     )
-    model = load_model(source, work=work)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(source, work=work).to(device).channels_last()
     total = content["parameters"]["total"]
     points = []
     with console.progress("sweep", len(sweep.ranks) + 1, "ranks") as advance:
@@ -122,7 +121,7 @@ def smallest_good(points: Sequence[Mapping[str, Any]], amount: Amount) -> Amount
         return amount
     *compressed, dense = points
     good = [point for point in compressed if mean_score(point) >= mean_score(dense) - _POINT]
-    chosen = min(good, key=lambda point: point["parameters"]) if good else compressed[-1]
+    chosen = min(good, key=lambda point: point["parameters"]) if good else max(compressed, key=mean_score)
     far = "" if good else ", though no rank is within a point of the uncompressed model"
     console.say(f"rank {chosen['rank']:g} is taken{far}")
     return replace(amount, rank=chosen["rank"])
@@ -142,7 +141,6 @@ def _write(folder: Path, points: Sequence[Mapping[str, Any]], recipe: Recipe) ->
     from mdltool.report.plots import sweep_png
 
     metrics = {domain: TASKS.load(recipe.domains[domain].task).headline for domain in points[0]["scores"]}
-    write_text(folder / "sweep.json", json.dumps({"metrics": metrics, "points": points}, indent=1))
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     lines.writerow(
@@ -154,6 +152,8 @@ def _write(folder: Path, points: Sequence[Mapping[str, Any]], recipe: Recipe) ->
         lines.writerow(["dense" if point["rank"] is None else f"{point['rank']:g}", *size, *scores])
     write_text(folder / "sweep.csv", text.getvalue())
     sweep_png(folder / "sweep.png", points)
+    # The last: a resumed run takes the sweep for done where it is.
+    write_text(folder / "sweep.json", json.dumps({"metrics": metrics, "points": points}, indent=1))
 
 
 def parse_ranks(text: str) -> tuple[float, ...]:

@@ -112,6 +112,11 @@ class TestCoco:
         content["annotations"] *= 2
         assert self.read(tmp_path, content).task == "single_label"
 
+    def test_annotations_of_images_that_are_not_listed_decide_nothing(self, tmp_path: Path) -> None:
+        content = self.content()
+        content["annotations"] += [{"image_id": 77, "category_id": 4}, {"image_id": 77, "category_id": 9}]
+        assert self.read(tmp_path, content).task == "single_label"
+
     def test_a_class_list_fixes_the_labels(self, tmp_path: Path) -> None:
         listing = self.read(tmp_path, self.content(), classes=("late", "x", "early"))
         assert [clip.label for clip in listing.clips] == [0, 2]
@@ -140,6 +145,10 @@ class TestCoco:
             ({"categories": [{"id": 4}, {"id": 9, "name": "b"}]}, "there is no 'name'"),
             ({"images": [{"id": 0}]}, "there is no 'file_name'"),
             ({"images": [7]}, "expected an object"),
+            ({"images": [{"id": 0, "file_name": "0.png"}, {"id": 0, "file_name": "1.png"}]}, "id 0 stands twice"),
+            ({"images": [{"id": "0", "file_name": "0.png"}]}, "no image has an annotation"),
+            ({"images": [{"id": 0, "file_name": "../0.png"}]}, "leaves the folder of the images"),
+            ({"images": [{"id": 0, "file_name": "/etc/0.png"}]}, "leaves the folder of the images"),
             (
                 {"images": [{"id": 0, "file_name": "0.png"}, {"id": 1, "file_name": "0.png"}]},
                 "two clips have the key",

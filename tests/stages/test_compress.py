@@ -25,6 +25,7 @@ from mdltool.model import MultiDomainModel, build_model, count
 from mdltool.model_store import extended, load_model, reduced, write_model_json
 from mdltool.recipe import load
 from mdltool.stages import compress, fuse
+from mdltool.stages.continuing import finetuning
 from mdltool.stages.plan import model_spec, outputs_of
 from mdltool.train.checkpoint import save_tensors
 from mdltool.train.loop import MetricsLog
@@ -227,6 +228,23 @@ def test_a_new_domain_starts_as_a_fresh_one_as_far_as_the_shared_factor_spans() 
         {k: larger.tensors().get(k, v) if k.startswith("backbone/") else v for k, v in bare.tensors().items()}, "t"
     )
     torch.testing.assert_close(larger(x, "c"), bare(x, "a"), rtol=0, atol=1e-10)
+
+
+def test_what_starts_at_zero_can_learn_where_no_factor_is_shared() -> None:
+    small = with_factors(fresh("lora", "clip_vit_tiny"), rank=2, independent=True)
+    grown = extended(small, "c", 3).tensors()
+    added = {key: tensor for key, tensor in grown.items() if key.startswith("c/") and "/up." in key}
+    assert {key.rsplit(".", 1)[1] for key in added} == {"basis", "private"}
+    for key, tensor in added.items():
+        assert (tensor == 0).all() == key.endswith("private")
+
+
+@pytest.mark.parametrize("change", ["regime=joint", "regime=full", "updates=9", "epochs=1"])
+def test_fine_tuning_leaves_the_backbone_and_its_length(change: str, tmp_path: Path) -> None:
+    source = stored(fresh("2d", "x3d_tiny"), tmp_path / "m")
+    recipe = source.load_json("model.json")["recipe"]
+    with pytest.raises(MdlError):
+        finetuning(recipe, 5, {"a": 8, "b": 8}, [f"train.steps.0.{change}"], source)
 
 
 def test_how_much_is_kept(tmp_path: Path) -> None:

@@ -170,7 +170,12 @@ def _labels(labels: _Array, images: _Array) -> np.ndarray:
             f"labels are {labels.header.dtype}, not whole numbers or names", labels.where, "convert them"
         )
     values = labels.values().reshape(-1)
-    return np.char.decode(values, "utf-8") if kind == "S" else values
+    if kind != "S":
+        return values
+    try:
+        return np.char.decode(values, "utf-8")
+    except UnicodeDecodeError as error:
+        raise MdlError(f"labels are no UTF-8 ({error})", labels.where, "convert them") from None
 
 
 def _classes_of(

@@ -66,7 +66,12 @@ def _read(
     images = _entries(content, "images", annotations, "give a COCO-style file")
     marks = _marks(content, annotations)
     names, notes = _class_names(content, classes, annotations)
-    categories = _categories_of(marks, names, annotations)
+    listed = _unique_ids(images, annotations)
+    marked = _categories_of(marks, names, annotations)
+    categories = {number: found for number, found in marked.items() if number in listed}
+    if not categories:
+        what = f"no image has an annotation (image_id {next(iter(marked))!r:.40} is no id of images)"
+        raise MdlError(what, annotations, "give the file that lists images and their annotations together")
     most = max((len(found) for found in categories.values()), default=0)
     task = "multi_label" if several or (several is None and most > 1) else "single_label"
     if several is None and task == "multi_label":
@@ -95,6 +100,17 @@ def _read(
     notes += [note] if note else []
     notes += [f"without a category: {unlabelled} images, left out"] if unlabelled else []
     return finished(tuple(index), clips, missing, [*notes, *label_notes(clips)], annotations, task)
+
+
+def _unique_ids(images: Sequence[dict[str, Any]], where: Path) -> set[Any]:
+    """The images' ids. Raises MdlError for one that stands twice, whose annotations nobody could tell apart."""
+    found: set[Any] = set()
+    for image in images:
+        number = _id(image, where)
+        if number in found:
+            raise MdlError(f"the image id {number!r:.40} stands twice", where, "give every image an id of its own")
+        found.add(number)
+    return found
 
 
 def _entries(content: dict[str, Any], name: str, where: Path, fix: str) -> list[dict[str, Any]]:
@@ -170,7 +186,12 @@ def _id(entry: dict[str, Any], where: Path, name: str = "id") -> int | str:
 
 
 def _file_name(image: dict[str, Any], where: Path) -> str:
-    return text_of(image, "file_name", f"{where}, image {image.get('id')}")
+    """Inside SOURCE: a file from elsewhere shall not choose what of this machine goes into shards."""
+    at = f"{where}, image {image.get('id')}"
+    name = PurePosixPath(text_of(image, "file_name", at))
+    if name.is_absolute() or ".." in name.parts:
+        raise MdlError(f"file_name '{name}' leaves the folder of the images", at, "make it relative to SOURCE")
+    return str(name)
 
 
 def _split_notes(annotations: Path, split: str) -> list[str]:
