@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 IMAGE_SUFFIXES = frozenset(
     (".bmp", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
 )
+
+STREAM_KINDS = ("audio", "flow", "text")
 
 Label = int | tuple[int, ...] | tuple[float, ...]
 """By task: single_label: the class's number, from 0. multi_label: the numbers of the clip's classes, increasing.
@@ -120,6 +123,33 @@ class Site:
 
 
 @dataclass(frozen=True)
+class StreamInfo:
+    """A stream of embeddings that shards hold (spec cm3t 5.3). kind: audio, flow or text. width: D of its arrays.
+
+    extractor, options, version: what made the arrays; "files": the data set's own. clips: how many have tokens.
+    """
+
+    kind: str
+    width: int
+    extractor: str
+    options: Mapping[str, Any]
+    version: str
+    clips: int
+
+
+@dataclass(frozen=True)
+class StreamTokens:
+    """One stream of embeddings of a batch of clips.
+
+    tokens_BMD: float32 [B, M, D], 0 where there is no token. mask_BM: bool [B, M], True where there is one; a clip
+    without the stream has none. M is at least 1.
+    """
+
+    tokens_BMD: torch.Tensor
+    mask_BM: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Domain:
     """A dataset with its label space and task; adapters and head hang on its name."""
 
@@ -138,7 +168,7 @@ class Batch:
     reason) of clips that could not be decoded and were passed over for the next of the stream. domain_B: int64
     [B], each clip's domain by its number among the recipe's; None: all of `domain`. whole: domain -> clips of the
     whole batch, over all processes and micro-batches. number: of the whole batch, in its update. partner_B: int64
-    [B], whom each clip is mixed with, where clips are mixed.
+    [B], whom each clip is mixed with, where clips are mixed. streams: by name, those of any of the batch's domains.
     """
 
     domain: str | None
@@ -151,3 +181,4 @@ class Batch:
     whole: dict[str, int] = field(default_factory=dict)
     number: int = 0
     partner_B: torch.Tensor | None = None
+    streams: dict[str, StreamTokens] = field(default_factory=dict)

@@ -9,7 +9,7 @@ import copy
 import io
 import json
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 from mdltool.artifact import Artifact
 from mdltool.errors import MdlError
 from mdltool.remote import Url, read_range
+from mdltool.types import STREAM_KINDS, StreamInfo
 
 _META = "json"
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -29,7 +30,8 @@ class ShardIndex:
     domain, split, task: str. classes: names in label order, or a regression's targets. files: the shards' names.
     keys: [M]. labels: int64 [M] of single_label; float32 [M, N] of the others: 0 or 1 for each class, or each
     target's value. shard_of (position in files), offsets, sizes (bytes, tar headers included): int64 [M].
-    digest: the artifact's. lengths: bytes of each shard.
+    raw_sizes: int64 [M], the last bytes of `sizes`, in which the raw streams lie. streams: by name, in the order of
+    the recipe. digest: the artifact's. lengths: bytes of each shard.
     """
 
     def __init__(self, folder: Path | Url, digest: str, content: dict[str, Any]) -> None:
@@ -48,6 +50,8 @@ class ShardIndex:
             np.array([_typed(member, name, int) for _, member in members], dtype=np.int64)
             for name in ("offset", "size")
         )
+        self.raw_sizes = np.array([_raw_size(member) for _, member in members], dtype=np.int64)
+        self.streams = {name: _stream(entry) for name, entry in _optional(content, "streams", dict).items()}
         self.lengths: list[int] = []
         self.labels = _labels(self.task, [member for _, member in members], len(self.classes))
 
@@ -73,7 +77,7 @@ class ShardIndex:
         """Some of the clips only. rows: int64, their positions, in the order that the clips are to have."""
         found = copy.copy(self)
         found.keys = [self.keys[row] for row in rows]
-        for name in ("labels", "shard_of", "offsets", "sizes"):
+        for name in ("labels", "shard_of", "offsets", "sizes", "raw_sizes"):
             setattr(found, name, getattr(self, name)[rows])
         return found
 
@@ -86,9 +90,13 @@ class ShardIndex:
         found.labels = renumbered[found.labels]
         return found
 
-    def read(self, i: int) -> dict[str, bytes]:
-        """A clip's members: extension -> bytes. Raises MdlError when they are not what the index says."""
+    def read(self, i: int, *, raw: bool = False) -> dict[str, bytes]:
+        """A clip's members: extension -> bytes, without the raw streams unless `raw`.
+
+        Raises MdlError when they are not what the index says.
+        """
         shard, offset, size = (int(column[i]) for column in (self.shard_of, self.offsets, self.sizes))
+        size -= 0 if raw else int(self.raw_sizes[i])
         path = self.folder / self.files[shard]
         if isinstance(path, Url):
             data = read_range(path, offset, size, self.lengths[shard])
@@ -110,21 +118,44 @@ class ShardIndex:
 
     def clip(self, i: int) -> tuple[dict[str, Any], bytes]:
         """(metadata, bytes of the video file) of a clip."""
+        metadata, video, _ = self.clip_and_streams(i, {})
+        return metadata, video
+
+    def clip_and_streams(
+        self, i: int, widths: Mapping[str, int]
+    ) -> tuple[dict[str, Any], bytes, dict[str, np.ndarray]]:
+        """As `clip`, and the clip's streams: float32 [M, D], M = 0 where it has no tokens. widths: name -> D."""
         members = self.read(i)
+        videos = [name for name in members if name != _META and "." not in name]
         try:
-            metadata = json.loads(members.pop(_META))
-            (video,) = members.values()
+            metadata = json.loads(members[_META])
+            (video,) = (members[name] for name in videos)
         except (KeyError, ValueError):
             raise _damaged(self.folder, f"the clip '{self.keys[i]}' is not one video and one JSON") from None
         if not isinstance(metadata, dict) or metadata.get("key") != self.keys[i]:
             raise _damaged(self.folder, f"the metadata of '{self.keys[i]}' belongs to another clip")
-        return metadata, video
+        streams = {name: self._stream(i, members, name, width) for name, width in widths.items()}
+        return metadata, video, streams
+
+    def _stream(self, i: int, members: Mapping[str, bytes], name: str, width: int) -> np.ndarray:
+        content = members.get(f"{name}.npy")
+        if content is None:
+            return np.zeros((0, width), np.float32)
+        try:
+            tokens = np.load(io.BytesIO(content), allow_pickle=False)
+        except (ValueError, EOFError, OSError):
+            raise _damaged(self.folder, f"the stream '{name}' of '{self.keys[i]}' is no array") from None
+        if tokens.ndim != 2 or tokens.shape[1] != width or tokens.dtype not in (np.float16, np.float32):
+            what = f"{tokens.dtype} {list(tokens.shape)}, not float16 or float32 [M, {width}]"
+            raise _damaged(self.folder, f"the stream '{name}' of '{self.keys[i]}' is {what}")
+        return tokens.astype(np.float32)
 
     def _check_ranges(self) -> None:
         # Compared without adding, which could overflow for the numbers of a hostile index.
         lengths = np.array(self.lengths, dtype=np.int64)[self.shard_of]
         offsets, sizes = self.offsets, self.sizes
         outside = (offsets < 0) | (offsets > lengths) | (sizes <= 0) | (sizes > lengths - offsets)
+        outside |= (self.raw_sizes < 0) | (self.raw_sizes >= sizes)
         if outside.any():
             path = self.folder / self.files[self.shard_of[outside.argmax()]]
             raise _damaged(path, "index.json points outside this file")
@@ -173,6 +204,24 @@ def _values(member: Any, count: int) -> list[float]:
     if not all(type(value) in (int, float) and abs(value) <= _FLOAT32_MAX for value in given):
         raise ValueError(f"'label' is {given!r:.40}, not a list of numbers")
     return given
+
+
+def _stream(entry: Any) -> StreamInfo:
+    """A stream's entry in index.json. Raises KeyError, TypeError or ValueError for a bad one."""
+    kind, extractor, version = (_typed(entry, name, str) for name in ("kind", "extractor", "version"))
+    width, clips = _typed(entry, "width", int), _typed(entry, "clips", int)
+    if kind not in STREAM_KINDS or width < 1:
+        raise ValueError(f"there is no stream of the kind '{kind:.40}' and width {width}")
+    return StreamInfo(kind, width, extractor, _typed(entry, "options", dict), version, clips)
+
+
+def _raw_size(member: Any) -> int:
+    return int(_typed(member, "raw", int)) if "raw" in member else 0
+
+
+def _optional(entry: Any, name: str, kind: type) -> Any:
+    """entry[name], an empty one where it is missing. Raises TypeError where it is of another type."""
+    return _typed(entry, name, kind) if name in entry else kind()
 
 
 def _typed(entry: Any, name: str, kind: type) -> Any:

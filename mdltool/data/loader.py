@@ -11,10 +11,10 @@ import functools
 import math
 import multiprocessing
 import signal
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from mdltool.data.image import image_of
 from mdltool.data.index import ShardIndex
 from mdltool.data.order import AUGMENT, ORDER, START, Order, Share, Slot, rng_for, rows_of
 from mdltool.data.sampling import Sampling, clip_indices, random_start
+from mdltool.data.tokens import check_stored, check_widths, padded
 from mdltool.data.transforms import TrainTransform
 from mdltool.data.video import Timeline, VideoError
 from mdltool.errors import MdlError
@@ -39,20 +40,28 @@ _TRAINERS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 @dataclass(frozen=True)
 class Stream:
-    """One domain's shards, and how a position in them becomes a training clip."""
+    """One domain's shards, and how a position in them becomes a training clip.
+
+    modalities: width of each stream of embeddings that batches are to carry, whole, whatever frames are drawn.
+    """
 
     index: ShardIndex
     sampling: Sampling
     transform: TrainTransform
+    modalities: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class ClipViews:
-    """All views of one clip; views is None and error says why where it cannot be decoded."""
+    """All views of one clip; views is None and error says why where it cannot be decoded.
+
+    streams: float32 [M, D] each, M = 0 where the clip has no tokens.
+    """
 
     key: str
     views: Views | None
     error: str | None
+    streams: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def epoch_order(index: ShardIndex, seed: int, epoch: int, window: int = _WINDOW_SHARDS) -> np.ndarray:
@@ -79,8 +88,8 @@ class TrainLoader:
     cannot be decoded gives way to the next of its permutation, and Batch.skipped says so. per_update: micro-batches
     of an update.
 
-    Raises MdlError for shards without clips, a batch that cannot be shared, and, while iterating, for shards that
-    are damaged or hold no clip that decodes.
+    Raises MdlError for shards without clips, shards without a stream that is asked for, a batch that cannot be
+    shared, and, while iterating, for shards that are damaged or hold no clip that decodes.
     """
 
     def __init__(
@@ -96,6 +105,9 @@ class TrainLoader:
         for index in (stream.index for stream in streams):
             if len(index) == 0:
                 raise MdlError(f"the shards of {index.domain} hold no clips", index.folder, "shard again")
+        for stream in streams:
+            check_stored(stream.index, stream.modalities)
+        check_widths({stream.index.domain: stream.modalities for stream in streams})
         self.names = [stream.index.domain for stream in streams]
         self.order = order
         self.share = share or Share()
@@ -131,15 +143,44 @@ class _Request:
 
 
 class ViewLoader:
-    """ClipViews of every clip of a split exactly once over all processes, in the index's order."""
+    """ClipViews of every clip of a split exactly once over all processes, in the index's order.
 
-    def __init__(self, index: ShardIndex, spec: ViewSpec, *, workers: int, rank: int = 0, world: int = 1) -> None:
+    modalities: width of each stream of embeddings that comes along. Raises MdlError for shards without one.
+    """
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        spec: ViewSpec,
+        *,
+        workers: int,
+        rank: int = 0,
+        world: int = 1,
+        modalities: Mapping[str, int] | None = None,
+    ) -> None:
+        check_stored(index, modalities or {})
         self.clips = list(range(rank, len(index), world))
-        self.views = _ClipViewsOf(index, spec)
+        self.views = _ClipViewsOf(index, spec, modalities or {})
         self.workers = _usable(workers, len(self.clips), "clips")
 
     def __iter__(self) -> Iterator[ClipViews]:
         return _loaded(self.views, self.clips, self.workers)
+
+
+class _Drawn(NamedTuple):
+    """What all augmented copies of a position share: frame numbers of the clip, frames, streams [M, D]."""
+
+    picked: np.ndarray
+    decoded: Decoded
+    streams: dict[str, np.ndarray]
+
+
+class _Loaded(NamedTuple):
+    """A slot's clip, its streams [M, D], and (key, reason) of the clips that were passed over for it."""
+
+    clip: int
+    streams: dict[str, np.ndarray]
+    skipped: list[tuple[str, str]]
 
 
 class _StreamReader:
@@ -150,19 +191,19 @@ class _StreamReader:
         self.seed = seed
         self.sampling = stream.sampling
         self.transform = stream.transform
+        self.modalities = stream.modalities
         self._orders: dict[int, np.ndarray] = {}
-        self._last: tuple[tuple[int, int], np.ndarray, Decoded] | None = None
+        self._last: tuple[tuple[int, int], _Drawn] | None = None
 
-    def load(self, slot: Slot, out_CTHW: torch.Tensor) -> tuple[int, list[tuple[str, str]]]:
-        """Write a slot's frames to `out_CTHW`; returns its clip and (key, reason) of those passed over."""
+    def load(self, slot: Slot, out_CTHW: torch.Tensor) -> _Loaded:
+        """Write a slot's frames to `out_CTHW`."""
         epoch, offset = divmod(slot.position, len(self.index))
         order = self._order(epoch)
         skipped: list[tuple[str, str]] = []
         for step in range(len(order)):
             clip = int(order[(offset + step) % len(order)])
             try:
-                self._decode(clip, slot, out_CTHW)
-                return clip, skipped
+                return _Loaded(clip, self._decode(clip, slot, out_CTHW), skipped)
             except VideoError as error:
                 skipped.append((self.index.keys[clip], error.reason))
         raise MdlError(
@@ -182,10 +223,11 @@ class _StreamReader:
         """Let go of the clip that was decoded last."""
         self._last = None
 
-    def _decode(self, clip: int, slot: Slot, out_CTHW: torch.Tensor) -> None:
+    def _decode(self, clip: int, slot: Slot, out_CTHW: torch.Tensor) -> dict[str, np.ndarray]:
+        """Write the frames; returns the clip's streams."""
         if self._last is None or self._last[0] != (clip, slot.position):
-            self._last = ((clip, slot.position), *self._decoded(clip, slot.position))
-        _, picked, decoded = self._last
+            self._last = ((clip, slot.position), self._decoded(clip, slot.position))
+        picked, decoded, streams = self._last[1]
         copy = (slot.copy,) if slot.copy else ()
         rng = rng_for(self.seed, self.index.domain, AUGMENT, slot.position, *copy)
         if len(picked) == len(decoded.indices):
@@ -193,10 +235,10 @@ class _StreamReader:
         else:
             distinct_CTHW = self.transform(decoded.frames, rng)
             torch.index_select(distinct_CTHW, 1, torch.from_numpy(decoded.rows(picked)), out=out_CTHW)
+        return streams
 
-    def _decoded(self, clip: int, position: int) -> tuple[np.ndarray, Decoded]:
-        """(frame numbers of the clip, frames), the same for every augmented copy."""
-        metadata, video = self.index.clip(clip)
+    def _decoded(self, clip: int, position: int) -> _Drawn:
+        metadata, video, streams = self.index.clip_and_streams(clip, self.modalities)
         picked = np.empty(0, np.int64)
 
         def choose(timeline: Timeline) -> Sequence[int]:
@@ -208,7 +250,7 @@ class _StreamReader:
             return picked.tolist()
 
         decoded = decode(video, choose, trim=trim_of(metadata), image=image_of(metadata))
-        return picked, decoded
+        return _Drawn(picked, decoded, streams)
 
 
 class _Batches(Dataset[Batch]):
@@ -221,13 +263,14 @@ class _Batches(Dataset[Batch]):
         reader = self.readers[request.rows[0].stream]
         crop = reader.transform.crop
         frames = _empty((len(request.rows), 3, reader.sampling.num_frames, crop, crop))
-        labels, keys, skipped = [], [], []
+        labels, keys, skipped, streams = [], [], [], []
         for slot, out in zip(request.rows, frames, strict=True):
             reader = self.readers[slot.stream]
-            clip, passed_over = reader.load(slot, out)
-            labels.append(torch.as_tensor(reader.index.labels[clip]))
-            keys.append(reader.index.keys[clip])
-            skipped += passed_over
+            loaded = reader.load(slot, out)
+            labels.append(torch.as_tensor(reader.index.labels[loaded.clip]))
+            keys.append(reader.index.keys[loaded.clip])
+            skipped += loaded.skipped
+            streams.append(loaded.streams)
         for reader in self.readers:
             reader.forget()
         domains = torch.tensor([slot.stream for slot in request.rows])
@@ -242,24 +285,27 @@ class _Batches(Dataset[Batch]):
             whole=request.whole,
             partner_B=None if request.partners is None else torch.tensor(request.partners),
             number=request.number,
+            streams=padded(streams),
         )
 
 
 class _ClipViewsOf(Dataset[ClipViews]):
     """Clip number -> ClipViews."""
 
-    def __init__(self, index: ShardIndex, spec: ViewSpec) -> None:
+    def __init__(self, index: ShardIndex, spec: ViewSpec, modalities: Mapping[str, int]) -> None:
         self.index = index
         self.spec = spec
+        self.modalities = modalities
 
     def __getitem__(self, clip: int) -> ClipViews:
         key = self.index.keys[clip]
-        metadata, video = self.index.clip(clip)
+        metadata, video, arrays = self.index.clip_and_streams(clip, self.modalities)
+        streams = {name: torch.from_numpy(array) for name, array in arrays.items()}
         try:
             trim, image = trim_of(metadata), image_of(metadata)
-            return ClipViews(key, load_views(video, self.spec, trim=trim, image=image, key=key), None)
+            return ClipViews(key, load_views(video, self.spec, trim=trim, image=image, key=key), None, streams)
         except VideoError as error:
-            return ClipViews(key, None, error.reason)
+            return ClipViews(key, None, error.reason, streams)
 
 
 class _Answers(Dataset[Any]):

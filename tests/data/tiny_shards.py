@@ -100,8 +100,12 @@ def write_shards(
     domain: str = "tiny",
     classes: Sequence[str] = ("a", "b", "c"),
     trims: dict[int, tuple[float, float]] | None = None,
+    streams: dict[str, Sequence[np.ndarray | None]] | None = None,
 ) -> Artifact:
-    """A shards artifact of these videos; clip i has the key clip/i and the label i modulo the classes."""
+    """A shards artifact of these videos; clip i has the key clip/i and the label i modulo the classes.
+
+    streams: audio streams by name, [M, D] of each clip, beside a raw stream of 5000 bytes; None: the clip has none.
+    """
     draft = begin(out, kind="shards", stage="shard", inputs=[], request={"domain": domain})
     assert isinstance(draft, Draft)
     shards = []
@@ -117,13 +121,35 @@ def write_shards(
                     metadata["trim"] = list(trims[i])
                 _add(tar, f"{key}.mp4", videos[i])
                 _add(tar, f"{key}.json", json.dumps(metadata).encode())
-                members.append({"key": key, "offset": offset, "size": tar.offset - offset, "label": label})
-        entry = {"file": path.name, "clips": len(members), "bytes": path.stat().st_size}
-        shards.append({**entry, "sha256": sha256_file(path), "members": members})
+                own = {name: arrays[i] for name, arrays in (streams or {}).items()}
+                there = {name: array for name, array in own.items() if array is not None}
+                for name, array in there.items():
+                    _add(tar, f"{key}.{name}.npy", _npy(array))
+                tokens = tar.offset
+                for name in there:
+                    _add(tar, f"{key}.{name}.flac", bytes(5000))
+                entry = {"key": key, "offset": offset, "size": tar.offset - offset, "label": label}
+                members.append({**entry, "raw": tar.offset - tokens} if streams else entry)
+        about = {"file": path.name, "clips": len(members), "bytes": path.stat().st_size}
+        shards.append({**about, "sha256": sha256_file(path), "members": members})
     index = {"domain": domain, "split": "train", "task": "single_label", "classes": list(classes)}
     index |= {"clips": len(videos), "quarantined": 0, "shards": shards}
+    if streams:
+        index["streams"] = {name: _stream(arrays) for name, arrays in streams.items()}
     (draft.path / "index.json").write_text(json.dumps(index))
     return draft.commit({})
+
+
+def _stream(arrays: Sequence[np.ndarray | None]) -> dict[str, Any]:
+    there = [array for array in arrays if array is not None]
+    entry = {"kind": "audio", "extractor": "made_up", "options": {}, "version": "1"}
+    return {**entry, "width": there[0].shape[1], "clips": len(there)}
+
+
+def _npy(array: np.ndarray) -> bytes:
+    target = io.BytesIO()
+    np.save(target, array)
+    return target.getvalue()
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
