@@ -13,6 +13,7 @@ import pytest
 from mdltool.data import synth
 from mdltool.data.image import read_image
 from mdltool.data.synth_looks import LOOKS
+from mdltool.data.synth_paint import follow
 from mdltool.errors import MdlError
 
 DOMAINS = tuple(LOOKS)
@@ -85,7 +86,7 @@ def test_spinning_never_turns_far_between_sampled_frames(domain: str) -> None:
     rng = np.random.default_rng(0)
     look = LOOKS[domain]
     for _ in range(20):
-        tilt = synth._follow(look, "spin", round(3 * look.fps), rng).tilt
+        tilt = follow(look, "spin", round(3 * look.fps), rng).tilt
         assert np.ptp(tilt) < 2 * np.pi * 0.78
         assert np.ptp(tilt) > 2 * np.pi * 0.5
 
