@@ -159,7 +159,7 @@ def render_clip(name: str, instance_seed: int) -> SoundClip:
     cls = CLASSES[name]
     frames = play(LOOK, DOMAIN, cls.figure, instance_seed)
     duration_s = len(frames) / LOOK.fps
-    samples = _record(cls.sound, duration_s, _generator(cls.figure, "sound", instance_seed))
+    samples = record(cls.sound, duration_s, _generator(cls.figure, "sound", instance_seed))
     return SoundClip(
         frames, samples, _narrate(cls.words, duration_s, _generator(cls.figure, "words", instance_seed))
     )
@@ -184,7 +184,7 @@ def _generator(figure: str, part: str, instance_seed: int) -> np.random.Generato
     return np.random.default_rng([zlib.crc32(f"{DOMAIN}/{figure}/{part}".encode()), instance_seed])
 
 
-def _record(sound: str | None, duration_s: float, rng: np.random.Generator) -> NDArray[np.int16]:
+def record(sound: str | None, duration_s: float, rng: np.random.Generator) -> NDArray[np.int16]:
     """A sound of SOUNDS, or any: int16 [N]. Pitch, loudness, overtones, tempo, onset and noise are drawn."""
     drawn = list(SOUNDS)[rng.integers(len(SOUNDS))]
     voice = SOUNDS[sound or drawn]
