@@ -231,13 +231,22 @@ def _norm_faults(recipe: Recipe) -> list[str]:
             )
         elif bn != "frozen" and train.domain_order != "sequential":
             faults.append("train.split: 'batches' with statistics per domain wants domain_order: sequential")
-    if bn == "frozen" and train.sync_bn and not recipe.adapters:
-        faults.append("train.sync_bn: every BatchNorm is frozen, so there is nothing to share; leave it out")
+    trains_adapters = bool(regimes - {"heads", "full"})
+    if bn == "frozen" and train.sync_bn and not (trains_adapters and has_adapter_norms(recipe)):
+        faults.append(
+            "train.sync_bn: every BatchNorm of the backbone is frozen, no adapter that trains has one; leave it out"
+        )
     if bn == "recalibrate" and (train.domain_order == "random" or train.ema):
         faults.append(
             "train.bn: 'recalibrate' measures every domain, with the last weights: no random order, no ema"
         )
     return faults
+
+
+def has_adapter_norms(recipe: Recipe) -> bool:
+    """Whether an adapter has BatchNorms of its own."""
+    methods = ((ADAPTERS.load(entry.type), entry.options) for entry in recipe.adapters)
+    return any(method.has_batch_norm(method.Options(**options)) for method, options in methods)
 
 
 def _training_faults(recipe: Recipe) -> list[str]:

@@ -19,11 +19,12 @@ from mdltool.artifact import Artifact
 from mdltool.compress.factoring import fit_factors
 from mdltool.errors import MdlError
 from mdltool.model import MultiDomainModel, build_model
-from mdltool.model_spec import ModelSpec
+from mdltool.model_spec import AdapterSpec, ModelSpec, method_of
 from mdltool.model_store import read_tensors
 from mdltool.train.checkpoint import save_tensors
 
 _FILE = "adapters.safetensors"
+_ASIDE = frozenset({"placement", "stem", "convs", "layers", "init", "bias_init", "dropout"})
 
 
 def save_source_adapters(folder: Path, model: MultiDomainModel, domain: str) -> dict[str, Any]:
@@ -46,8 +47,10 @@ def check_source_adapters(spec: ModelSpec, backbone: Artifact | None, choice: st
         own = _of_domain(build_model(spec), next(iter(spec.domains)))
     sites = _sites(stored)
     shapes = {key: value.shape for key, value in own.items() if key.split("/", 1)[0] in sites}
-    if shapes != {key: value.shape for key, value in stored.items()}:
-        types = ", ".join(dict.fromkeys(entry["type"] for entry in backbone.load_json("backbone.json")["adapters"]))
+    entries = [AdapterSpec(**entry) for entry in backbone.load_json("backbone.json")["adapters"]]
+    same = shapes == {key: value.shape for key, value in stored.items()}
+    if not same or any(part not in _functions(spec.adapters) for part in _functions(entries)):
+        types = ", ".join(dict.fromkeys(entry.type for entry in entries))
         raise MdlError(
             f"this backbone was pretrained with {types} adapters in it, at {len(sites)} sites, and the recipe has "
             "not the same ones; without them it is another network",
@@ -88,6 +91,12 @@ def _stored(backbone: Artifact | None, choice: str) -> dict[str, Tensor]:
 
 def _sites(stored: Iterable[str]) -> set[str]:
     return {key.split("/", 1)[0] for key in stored}
+
+
+def _functions(entries: Iterable[AdapterSpec]) -> list[tuple[str, dict[str, Any]]]:
+    """Type and options of each entry, without those that only say where adapters go, begin, or drop in training."""
+    options = [(entry.type, method_of(entry)[1].model_dump(mode="json")) for entry in entries]
+    return [(name, {k: v for k, v in chosen.items() if k not in _ASIDE}) for name, chosen in options]
 
 
 def _of_domain(model: MultiDomainModel, domain: str) -> Mapping[str, Tensor]:

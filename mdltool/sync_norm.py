@@ -55,7 +55,15 @@ class Synchronisable(nn.Module):
 
 
 class _Synchronised(Synchronisable, nn.modules.batchnorm._BatchNorm):
-    """A BatchNorm layer that `synchronise` has changed."""
+    """In the place of a BatchNorm layer, with that layer's own parameters and buffers."""
+
+    def __init__(self, source: nn.modules.batchnorm._BatchNorm) -> None:
+        super().__init__(
+            source.num_features, source.eps, source.momentum, source.affine, source.track_running_stats
+        )
+        for name, tensor in (*source.named_parameters(), *source.named_buffers()):
+            setattr(self, name, tensor)
+        self.training = source.training
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.reduce is None:
@@ -78,16 +86,25 @@ class SyncBatchNorm3d(_Synchronised, nn.BatchNorm3d):
     """nn.BatchNorm3d over every process."""
 
 
-_SYNCHRONISED: dict[type[nn.Module], type[nn.Module]] = {
+_SYNCHRONISED: dict[type[nn.Module], type[_Synchronised]] = {
     nn.BatchNorm2d: SyncBatchNorm2d,
     nn.BatchNorm3d: SyncBatchNorm3d,
 }
 
 
 def synchronise(net: nn.Module, reduce: Reduce) -> None:
-    """Make every BatchNorm of a network take its statistics over all processes, in place; its state stays."""
-    for module in net.modules():
-        if type(module) in _SYNCHRONISED:
-            module.__class__ = _SYNCHRONISED[type(module)]
+    """Make every BatchNorm below a network take its statistics over all processes, in place.
+
+    Layers are replaced, their tensors are not: keys, values and what an optimiser holds stay. Whatever keeps a list
+    of modules, such as a regime, is to be applied afterwards.
+    """
+    made: dict[nn.Module, _Synchronised] = {}  # a layer in two places stays one
+    for module in list(net.modules()):
         if isinstance(module, Synchronisable):
             module.reduce = reduce
+        for name, child in list(module.named_children()):
+            if type(child) in _SYNCHRONISED:
+                if child not in made:
+                    made[child] = _SYNCHRONISED[type(child)](child)  # type: ignore[arg-type]
+                    made[child].reduce = reduce
+                setattr(module, name, made[child])

@@ -104,7 +104,8 @@ def test_single_faults(path: str, value: Any, message: str) -> None:
             "losses.weights.sigma_init: this is of mode: uncertainty",
         ),
         ("tiny_multitrain", ["heads.reuse_pretrained=true"], "heads.reuse_pretrained: a pretrained classifier"),
-        ("tiny_multihead", ["train.bn=frozen", "train.sync_bn=true"], "train.sync_bn: every BatchNorm is frozen"),
+        ("tiny_multihead", ["train.bn=frozen", "train.sync_bn=true"], "train.sync_bn: every BatchNorm of the"),
+        ("tiny_clip_st", ["train.sync_bn=true"], "no adapter that trains has one"),
     ],
 )
 def test_keys_that_would_do_nothing_are_refused(name: str, overrides: list[str], message: str) -> None:

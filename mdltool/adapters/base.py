@@ -54,6 +54,11 @@ class AnyAdapter(nn.Module, ABC):
         return place.kind in cls.kinds
 
     @classmethod
+    def has_batch_norm(cls, options: Any) -> bool:
+        """Whether an adapter with these options has a BatchNorm of its own, whose statistics training moves."""
+        return False
+
+    @classmethod
     def shared(cls, site: Site, options: AdapterOptions) -> nn.Module | None:
         """What all domains share at a site, applied after the adapter; None where the method has nothing."""
         return None

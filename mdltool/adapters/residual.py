@@ -143,6 +143,10 @@ class SeriesAdapter(ResidualAdapter):
         norm: Any = _of(site, nn.BatchNorm2d, nn.BatchNorm3d)
         self.norm: nn.Module = norm(site.shape.out_channels) if options.pre_bn else nn.Identity()
 
+    @classmethod
+    def has_batch_norm(cls, options: Any) -> bool:
+        return bool(options.pre_bn)
+
     def folded(self, layer: Any) -> tuple[Tensor, Tensor | None]:
         """With BN(z) = s z + t: (I + a diag(s)) f, and the bias (I + a diag(s)) b + a t."""
         self._check_groups(layer)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 from torch import Tensor, nn
@@ -58,6 +58,10 @@ class StageConvAdapter(Adapter):
         self.norm = nn.BatchNorm3d(site.channels)
         self.act: nn.Module = nn.ReLU() if options.out_act == "relu" else nn.Identity()
         initialise(self.kernel, self.norm, options)
+
+    @classmethod
+    def has_batch_norm(cls, options: Any) -> bool:
+        return True
 
     @abstractmethod
     def make_kernel(self, channels: int, options: StageConvOptions) -> nn.Module:

@@ -48,7 +48,7 @@ class TrainTransform:
     The crop is either a random window of frames whose shorter side is drawn uniformly from the integers lo..hi of
     `short_side`; or, with `area` (share of the picture) in its place, a random window of that area and `aspect`
     (width / height), scaled to crop x crop (spec multitrain 3). Both scale bilinearly without antialias.
-    centre: the window of a shorter side is the centre one.
+    centre: the window of a shorter side is the centre one, with odd remainders rounded so (see crop_corners).
 
     Raises MdlError when both or neither of short_side and area are given, and when the crop does not fit into the
     smallest side.
@@ -61,7 +61,7 @@ class TrainTransform:
     aspect: Span = (3 / 4, 4 / 3)
     rand_augment: RandAugmentSpec | None = None
     erase: EraseSpec | None = None
-    centre: bool = False
+    centre: str | None = None
 
     def __post_init__(self) -> None:
         if (self.short_side is None) == (self.area is None):
@@ -106,8 +106,8 @@ class TrainTransform:
             return window
         side = int(rng.integers(self.short_side[0], self.short_side[1] + 1))
         height, width = scaled(height, width, side)
-        if self.centre:
-            ((y, x),) = crop_corners(height, width, crop, 1)
+        if self.centre is not None:
+            ((y, x),) = crop_corners(height, width, crop, 1, rounding=self.centre)
         else:
             y = int(rng.integers(0, height - crop + 1))
             x = int(rng.integers(0, width - crop + 1))

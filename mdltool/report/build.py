@@ -14,6 +14,8 @@ from mdltool.lineage import Node
 from mdltool.report import branches, page, plots
 
 _HEADLINES = {"top1": "top-1, %", "map": "mAP, %", "mse": "MSE"}
+_OURS = {"mean_mse": "mse"}  # a paper's name of a metric: ours
+_FRACTIONS = ("map",)
 # By task: the key in per_class, how it is called, and what it is of.
 _PER_CLASS = {
     "single_label": ("accuracy", "accuracy, %", "class"),
@@ -105,18 +107,28 @@ def decathlons(evals: Sequence[Evaluated]) -> str:
 
 
 def published(evals: Sequence[Evaluated]) -> str:
-    """Ours beside what the recipe's paper prints, where it does."""
+    """Every figure that the recipe's paper prints for its row, beside ours where we measure it."""
     rows = []
     for e in evals:
         recipe = e.model_json.get("recipe", {})
         source = recipe.get("published") or {}
-        for domain, printed in source.get("top1", {}).items():
-            ours = e.metrics["domains"].get(domain, {}).get("metrics", {}).get("top1")
-            rows.append((recipe["name"], "; ".join(source["rows"]), domain, f"{printed:.2f}", shown("top1", ours)))
-    columns = ("recipe", "row of the paper", "domain", "published top-1 %", "ours %")
+        for metric, values in {"top1": source.get("top1", {}), **source.get("scores", {})}.items():
+            own = _OURS.get(metric, metric)
+            for domain, printed in values.items():
+                ours = e.metrics["domains"].get(domain, {}).get("metrics", {}).get(own)
+                cells = (METRICS.get(own, metric), _printed(own, printed), shown(own, ours))
+                rows.append((recipe["name"], "; ".join(source["rows"]), domain, *cells))
+    columns = ("recipe", "row of the paper", "domain", "metric", "published", "ours")
     whole = {t.caption: page.table(t.columns, t.rows, t.caption) for e in evals for t in e.printed}
     folded = page.folded("the printed tables", "".join(whole.values())) if whole else ""
     return page.table(columns, rows, "Published rows") + folded
+
+
+def _printed(metric: str, value: float) -> str:
+    """A published figure under the metric's heading: papers print mAP as a fraction, other shares in percent."""
+    if metric in _FRACTIONS:
+        return shown(metric, value)
+    return f"{value:.2f}" if METRICS.get(metric, "").endswith("%") else f"{value:g}"
 
 
 def parameters(evals: Sequence[Evaluated]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from mdltool import console
 from mdltool.artifact import Artifact, Draft, partial_path
 from mdltool.data.index import ShardIndex
 from mdltool.errors import MdlError
@@ -56,6 +57,7 @@ def run(
     _check(content, domain, start_from)
     shards = list(shards)
     recipe = settled(alone(content["recipe"], domain, _task(shards)), overrides, source)
+    whole = joined(content["recipe"], recipe, domain, source)
     data = gather_data(recipe, shards)
     given = (("model", source), ("train", data[domain].train), ("val", data[domain].val))
     inputs = [artifact.as_input(role) for role, artifact in given if artifact is not None]
@@ -74,14 +76,27 @@ def run(
     with draft or nullcontext():
         model = extended(load_model(source, work=work), domain, len(names), start_from, normalize)
         if start_from is None:
-            begin_as_source(model, backbone, recipe.backbone.adapters, [domain])
+            _begin(model, backbone, recipe.backbone.adapters, domain)
     scope = Scope(only=domain)
     progress = fit(recipe, model, data, partial_path(out), own_backbone=own, workers=workers, scope=scope)
     if draft is not None:
         save_tensors(draft.path / "weights" / "last.safetensors", stored_tensors(model.to("cpu"), own))
         classes = {name: tuple(entry["classes"]) for name, entry in content["domains"].items()} | {domain: names}
-        _commit(draft, model, joined(content["recipe"], recipe, domain), classes, own, progress)
+        _commit(draft, model, whole, classes, own, progress)
     return open_together(world, out, "model")
+
+
+def _begin(model: MultiDomainModel, backbone: Artifact | None, choice: str, domain: str) -> None:
+    """Begin the new domain's adapters as the backbone's own, or fresh where the backbone is the model's own.
+
+    Filters that were trained with the model's domains are no longer those that the source's adapters go with.
+    """
+    begin_as_source(model, backbone, choice, [domain])
+    if backbone is None and model.sites:
+        console.say(
+            f"{domain}: its adapters begin fresh, since the backbone was trained with the model's domains; "
+            "--init-from DOMAIN begins them as another domain's"
+        )
 
 
 def _commit(

@@ -33,7 +33,7 @@ from mdltool.model_store import (
 from mdltool.overrides import apply_override
 from mdltool.schema import Recipe
 from mdltool.stages.continuing import finetuning
-from mdltool.stages.fitting import DomainData, Scope, check_domain, fit, gather_data
+from mdltool.stages.fitting import DomainData, Scope, announced_parts, check_domain, fit, sort_shards, wanted
 from mdltool.train.checkpoint import save_tensors
 from mdltool.train.distributed import join_world
 from mdltool.train.plan import Progress
@@ -106,10 +106,11 @@ def training_of(
     """
     for artifact in finetune.shards:
         check_domain(artifact, ShardIndex.open(artifact), domains)
-    data = gather_data(Recipe.model_validate(stored), finetune.shards)
-    clips = {name: len(part.train_index) for name, part in data.items()}
+    before = Recipe.model_validate(stored)
+    whole = sort_shards(before, finetune.shards)
+    clips = {name: len(wanted(before, part.train_index)) for name, part in whole.items()}
     recipe = finetuning(stored, finetune.updates, clips, finetune.overrides, source)
-    return Training(recipe, gather_data(recipe, finetune.shards), finetune.workers)
+    return Training(recipe, announced_parts(recipe, whole), finetune.workers)
 
 
 def inputs_of(source: Artifact, others: Sequence[Artifact], training: Training | None, work: Path) -> list[Input]:

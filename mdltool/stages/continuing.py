@@ -9,7 +9,7 @@ from typing import Any
 from mdltool.artifact import Artifact
 from mdltool.errors import MdlError
 from mdltool.overrides import apply_override
-from mdltool.recipe import validate
+from mdltool.recipe import has_adapter_norms, validate
 from mdltool.schema import Recipe
 from mdltool.stages.plan import order_of
 
@@ -48,9 +48,7 @@ def alone(stored: Mapping[str, Any], domain: str, task: str) -> dict[str, Any]:
     single = {"batch": max(batch.values()) if isinstance(batch, dict) else batch, "proportions": None}
     single |= {"fraction": 1.0, "per_class": None, "subset_seed": 0}  # how much there was of the others' training
     augment = {**stored["data"]["augment"], "mix_scope": "masked", "smooth_classes": None}
-    train = {**stored["train"], "steps": [step], "batches": "in_turn", "split": "rows"}
-    if not stored["adapters"] and train["bn"] not in ("per_domain", "per_domain_stats"):
-        train["sync_bn"] = False  # the BatchNorms are the old domains'
+    train = _frozen(stored, step) | {"batches": "in_turn", "split": "rows"}
     return {
         **stored,
         "published": None,
@@ -61,13 +59,23 @@ def alone(stored: Mapping[str, Any], domain: str, task: str) -> dict[str, Any]:
     }
 
 
-def joined(stored: Mapping[str, Any], recipe: Recipe, domain: str) -> dict[str, Any]:
-    """The model's recipe with the new domain of a recipe for it alone."""
+def _frozen(stored: Mapping[str, Any], step: Mapping[str, Any]) -> dict[str, Any]:
+    """How the model was trained, with one step in which the BatchNorms that domains share are frozen."""
+    train = {**stored["train"], "steps": [step]}
+    moving = train["bn"] in ("per_domain", "per_domain_stats")
+    if not moving and not has_adapter_norms(Recipe.model_validate(stored)):
+        train["sync_bn"] = False
+    return train
+
+
+def joined(stored: Mapping[str, Any], recipe: Recipe, domain: str, source: Artifact) -> dict[str, Any]:
+    """The model's recipe with the new domain of a recipe for it alone. Raises MdlError where that is no recipe."""
     batch = stored["data"]["batch"]
     if isinstance(batch, dict):
         batch = {**batch, domain: recipe.data.batch}
     domains = {**stored["domains"], **recipe.model_dump(mode="json")["domains"]}
-    return {**stored, "domains": domains, "data": {**stored["data"], "batch": batch}}
+    content = {**stored, "domains": domains, "data": {**stored["data"], "batch": batch}}
+    return validate(content, f"{source.path} with {domain}").model_dump(mode="json")
 
 
 def finetuning(
@@ -94,7 +102,7 @@ def finetuning(
         **stored,
         "published": None,
         "losses": plain_losses(stored),
-        "train": {**stored["train"], "steps": [step]},
+        "train": _frozen(stored, step),
     }
     result = settled(content, overrides, source)
     trained, *more = result.train.steps

@@ -65,6 +65,7 @@ def run(
     task = stored["domains"][job.domain]["task"]
     own = alone(job.old["recipe"], job.domain, task)
     own["domains"] = {job.domain: recipe_of(Recipe.model_validate(stored), job.domain)["domain"]}
+    recipe = joined(job.old["recipe"], Recipe.model_validate(own), job.domain, source)
     training = training_of(own, job.new["domains"], finetune, source) if finetune is not None else None
     request = {
         "domain": job.domain,
@@ -85,7 +86,6 @@ def run(
         scope = Scope(only=job.domain)
         progress = finetuned(spec, folder / _START, source, training, scope, folder, work)
     if draft is not None:
-        recipe = joined(job.old["recipe"], Recipe.model_validate(own), job.domain)
         classes = {name: entry["classes"] for name, entry in job.old["domains"].items()}
         classes[job.domain] = job.new["domains"][job.domain]["classes"]
         write_text(draft.path / "extension.json", json.dumps({"weights": table}, indent=1))
@@ -171,6 +171,11 @@ def _extend(job: _Job, draft: Draft | None, final: bool) -> tuple[ModelSpec, lis
                 own.append(row)
         table = table or own
         save_tensors(draft.path / (f"weights/{name}.safetensors" if final else _START), tensors)
+    full = [f"{row['site']} {row['parameter']} ({row['grown']})" for row in table if row["grown"] < job.grow]
+    if full:
+        more = f" and {len(full) - 3} more" if len(full) > 3 else ""
+        named = ", ".join(full[:3])
+        console.say(f"{len(full)} weight(s) have no room for --grow {job.grow} and take fewer: {named}{more}")
     gone = 100 * lost(table)
     console.say(f"{job.domain}: the shared factors lose {gone:.1f} % of its adapters' squared norm")
     added = theirs.of([job.domain])

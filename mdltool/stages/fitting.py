@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from mdltool import console
@@ -72,7 +73,12 @@ def check_domain(artifact: Artifact, index: ShardIndex, domains: Mapping[str, An
 
 
 def gather_data(recipe: Recipe, shards: Iterable[Artifact]) -> dict[str, DomainData]:
-    """Sort shards into the recipe's domains by what they say of themselves; of training splits, the part it wants.
+    """The recipe's data: of training splits the part it wants. Raises MdlError as `sort_shards` does."""
+    return announced_parts(recipe, sort_shards(recipe, shards))
+
+
+def sort_shards(recipe: Recipe, shards: Iterable[Artifact]) -> dict[str, DomainData]:
+    """Sort shards into the recipe's domains by what they say of themselves, whole.
 
     Raises MdlError for a domain without training data, one the recipe does not know, doubles, and class lists that
     differ between the splits or from the recipe's count.
@@ -112,21 +118,40 @@ def gather_data(recipe: Recipe, shards: Iterable[Artifact]) -> dict[str, DomainD
         if name in val and val[name][1].classes != index.classes:
             raise MdlError(f"{name}: train and val have different classes", val[name][0].path, "use one class list")
         found[name] = DomainData(
-            artifact, val[name][0] if name in val else None, _part_of(recipe, index), val.get(name, (0, None))[1]
+            artifact, val[name][0] if name in val else None, index, val.get(name, (0, None))[1]
         )
     return found
 
 
-def _part_of(recipe: Recipe, index: ShardIndex) -> ShardIndex:
+def wanted(recipe: Recipe, index: ShardIndex) -> ShardIndex:
     """What the recipe wants of a training split."""
     data = recipe.data
-    part = subset_of(index, data.fraction, data.per_class, data.subset_seed)
-    if part is not index:
-        share = f"{100 * data.fraction:g}%" if data.per_class is None else f"{data.per_class} of a class"
-        console.say(
-            f"{index.domain}: {len(part)} of {len(index)} training clips ({share}, seed {data.subset_seed})"
-        )
-    return part
+    return subset_of(index, data.fraction, data.per_class, data.subset_seed)
+
+
+def announced_parts(recipe: Recipe, whole: Mapping[str, DomainData]) -> dict[str, DomainData]:
+    """Of training splits the part that the recipe wants; says how much of them that is."""
+    data, found = recipe.data, {}
+    for name, entry in whole.items():
+        index = entry.train_index
+        part = wanted(recipe, index)
+        if part is not index:
+            share = f"{100 * data.fraction:g}%" if data.per_class is None else f"{data.per_class} of a class"
+            console.say(f"{name}: {len(part)} of {len(index)} training clips ({share}, seed {data.subset_seed})")
+        if data.per_class is not None:
+            _say_short(part, data.per_class)
+        found[name] = replace(entry, train_index=part)
+    return found
+
+
+def _say_short(part: ShardIndex, per_class: int) -> None:
+    """Say which classes have fewer clips than were asked for, the smallest first."""
+    counts = np.bincount(part.labels, minlength=len(part.classes))
+    order = sorted(np.flatnonzero(counts < per_class).tolist(), key=lambda label: (counts[label], label))
+    if order:
+        named = ", ".join(f"{part.classes[label]} {counts[label]}" for label in order[:5])
+        more = f" and {len(order) - 5} more" if len(order) > 5 else ""
+        console.warn(f"{part.domain}: {len(order)} classes have fewer than {per_class} clips: {named}{more}")
 
 
 def train_spec(recipe: Recipe, bn: str, order: Order, clips: Mapping[str, int]) -> TrainSpec:

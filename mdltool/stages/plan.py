@@ -142,7 +142,8 @@ def train_transform(recipe: Recipe, domain: str) -> TrainTransform:
     crop = recipe.crop_of(domain)
     if own.augment == "none":
         side = recipe.test_side_of(domain)
-        return TrainTransform(short_side=(side, side), crop=crop, flip=own.flip or 0.0, centre=True)
+        rounding = recipe.views.crop_round
+        return TrainTransform(short_side=(side, side), crop=crop, flip=own.flip or 0.0, centre=rounding)
     resized = part.crop == "resized"
     ops, box = part.rand_augment, part.erase
     side_range = (own.short_side, own.short_side) if own.short_side else part.short_side

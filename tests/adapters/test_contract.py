@@ -44,9 +44,9 @@ def carries(adapter: str, backbone: str) -> bool:
 PAIRS = [(adapter, backbone) for adapter in ADAPTERS for backbone in TINY if carries(adapter, backbone)]
 
 
-def make(adapter: str, backbone: str, seed: int = 0, **options: Any) -> MultiDomainModel:
+def tiny_of(adapter: str, backbone: str, **options: Any) -> ModelSpec:
     factory = BACKBONES.load(backbone)
-    spec = ModelSpec(
+    return ModelSpec(
         backbone,
         {},
         factory.default_frames,
@@ -56,6 +56,10 @@ def make(adapter: str, backbone: str, seed: int = 0, **options: Any) -> MultiDom
         bn="frozen",
         dropout=0.0,
     )
+
+
+def make(adapter: str, backbone: str, seed: int = 0, **options: Any) -> MultiDomainModel:
+    spec = tiny_of(adapter, backbone, **options)
     torch.manual_seed(seed)
     backbone_net = build_backbone(spec)
     _calibrate(backbone_net)
@@ -105,6 +109,17 @@ def dead(
     if adapter == "mhva" and grad.ndim:
         zero[1:] = True  # heads 1.. act on patch tokens only
     return zero
+
+
+@pytest.mark.parametrize(("adapter", "backbone"), list({p[0]: p for p in PAIRS}.values()))
+def test_an_adapter_says_whether_it_has_batch_norms(adapter: str, backbone: str) -> None:
+    method = ADAPTERS.load(adapter)
+    choices: list[dict[str, Any]] = [{}, *([{"pre_bn": False}] if adapter == "series" else [])]
+    for options in choices:
+        with torch.device("meta"):
+            model = build_model(tiny_of(adapter, backbone, **options))
+        own = [m for site in model.sites.values() for m in site.adapters.modules() if isinstance(m, BATCH_NORMS)]
+        assert method.has_batch_norm(method.Options(**options)) == bool(own)
 
 
 @pytest.mark.parametrize(("adapter", "backbone"), [p for p in PAIRS if p[0] in IDENTITY])

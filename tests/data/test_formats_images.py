@@ -212,6 +212,13 @@ class TestArrays:
         assert "labels: numbers from 1, names from --classes" in listing.notes
         np.savez(path, images=self.X, labels=self.Y, classes=["a", "b", "c"])
         assert read("arrays", path).classes == ("a", "b", "c")
+        np.savez(path, images=self.X, labels=self.Y, classes=np.array(["a", "\u00e9", "c"]).astype("U1"))
+        assert read("arrays", path).classes == ("a", "\u00e9", "c")
+        np.savez(path, images=self.X, labels=self.Y, classes=[name.encode() for name in ("a", "\u00e9", "c")])
+        assert read("arrays", path).classes == ("a", "\u00e9", "c"), "names as bytes"
+        np.savez(path, images=self.X, labels=self.Y, classes=[b"a", b"\xff", b"c"])
+        with pytest.raises(MdlError, match="the classes are no UTF-8"):
+            read("arrays", path)
         np.savez(path, images=self.X, labels=np.array(["b", "a", "b", "b", "c"]))
         assert [clip.label for clip in read("arrays", path).clips] == [1, 0, 1, 1, 2]
 

@@ -106,6 +106,15 @@ def test_a_clip_can_be_written_in_place() -> None:
     assert not batch[0].any()
 
 
+@pytest.mark.parametrize("rounding", ["floor", "ceil"])
+def test_the_centre_window_is_the_test_protocols(rounding: str) -> None:
+    whole = frames(3, 41, 55)
+    own = TrainTransform((41, 41), 32, 0.0, centre=rounding)(whole, np.random.default_rng(5))
+    ((y, x),) = crop_corners(41, 55, 32, 1, rounding=rounding)
+    assert (y, x) == ((4, 11) if rounding == "floor" else (5, 12))
+    assert torch.equal(own, whole[:, :, y : y + 32, x : x + 32].transpose(0, 1))
+
+
 def test_crops_of_256_by_340() -> None:
     assert crop_corners(256, 340, 224, 3) == [(16, 0), (16, 58), (16, 116)]
     assert crop_corners(256, 340, 224, 1) == [(16, 58)]

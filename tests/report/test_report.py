@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from mdltool.artifact import Artifact, begin
+from mdltool.files import write_text
+from mdltool.lineage import Node
 from mdltool.model import build_model
 from mdltool.model_spec import AdapterSpec, ModelSpec
 from mdltool.model_store import stored_tensors, write_model_json
-from mdltool.report import branches, page, plots
+from mdltool.report import branches, build, page, plots
 from mdltool.train.checkpoint import save_tensors
 from tests.conftest import Ran, World
 
@@ -92,6 +94,25 @@ def test_a_report_survives_the_loss_of_the_model(
     finally:
         model.with_name("gone").rename(model)
     assert "not here any more" in read(path / "report.html").words
+
+
+def test_every_published_metric_stands_beside_ours(tmp_path: Path) -> None:
+    draft = begin(tmp_path / "m", kind="model", stage="train", inputs=[], request={})
+    assert not isinstance(draft, Artifact)
+    printed = {"rows": ["Table 1"], "top1": {"a": 82.7}, "scores": {"map": {"b": 0.894}, "mean_mse": {"c": 0.8}}}
+    write_text(draft.path / "model.json", json.dumps({"recipe": {"name": "r", "published": printed}}))
+    model = draft.commit({})
+    draft = begin(tmp_path / "e", kind="eval", stage="eval", inputs=[], request={})
+    assert not isinstance(draft, Artifact)
+    ours = {"a": {"top1": 0.8142}, "b": {"map": 0.5}, "c": {"mse": 1.25}}
+    write_text(draft.path / "metrics.json", json.dumps({"domains": {d: {"metrics": m} for d, m in ours.items()}}))
+    found = build.published([build.Evaluated(draft.commit({}), model, Node(tmp_path, "eval", ""))])
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", found)
+    assert [cells[i + 2 : i + 6] for i in range(0, len(cells), 6)] == [
+        ["a", "top-1 %", "82.70", "81.42"],
+        ["b", "mAP %", "89.40", "50.00"],
+        ["c", "MSE", "0.8", "1.2500"],
+    ]
 
 
 def test_names_cannot_inject_markup() -> None:

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from mdltool.artifact import open_artifact
+from mdltool.errors import MdlError
 from mdltool.model_store import load_model
 from mdltool.recipe import load
+from mdltool.stages.continuing import alone, joined, settled
 from tests.conftest import TINY, Ran, World
 
 
@@ -35,7 +37,10 @@ def add(model: Path, world: World, mdltool: Callable[..., Ran], out: Path, *more
 def test_every_old_tensor_and_output_stays(
     model: Path, world: World, mdltool: Callable[..., Ran], tmp_path: Path, more: tuple[str, ...]
 ) -> None:
-    larger = add(model, world, mdltool, tmp_path / "larger", *more).path
+    ran = add(model, world, mdltool, tmp_path / "larger", *more)
+    # The backbone was trained with chalk.
+    assert ("neon: its adapters begin fresh" in ran.err) == (not more)
+    larger = ran.path
     artifact = open_artifact(larger, "model")
     assert artifact.verify() == []
     old, new = load_model(open_artifact(model)), load_model(artifact)
@@ -91,6 +96,16 @@ def test_a_finished_model_settles_its_network_and_input(
         ran = add(model, world, mdltool, tmp_path / "x", "--set", key)
         assert (ran.code, "the finished model settles this key" in ran.err) == (1, True), key
     assert not list(tmp_path.iterdir())
+
+
+def test_a_domain_that_the_models_recipe_cannot_hold_is_refused(model: Path) -> None:
+    source, stored = open_artifact(model), load("tiny_multitrain").model_dump(mode="json")
+    fits = settled(alone(stored, "new", "single_label"), [], source)
+    assert list(joined(stored, fits, "new", source)["domains"])[-1] == "new"
+    normalize = "domains.new.normalize={mean: [0, 0, 0], std: [1, 1, 1]}"
+    own = settled(alone(stored, "new", "single_label"), [normalize], source)
+    with pytest.raises(MdlError, match=r"domains\.new\.normalize: the clips of mixed batches are all alike"):
+        joined(stored, own, "new", source)
 
 
 def test_a_batch_of_each_domain_grows_with_the_model(

@@ -68,7 +68,9 @@ def test_a_domain_is_fitted_and_the_old_ones_stay(
 
 
 @pytest.mark.parametrize(("adapter", "backbone"), CASES)
-def test_grown_factors_hold_the_new_domain_too(adapter: str, backbone: str, tmp_path: Path) -> None:
+def test_grown_factors_hold_the_new_domain_too(
+    adapter: str, backbone: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     small, other = made(adapter, backbone, tmp_path)
     larger = extend.run(small, other, "c", tmp_path / "larger", work=tmp_path, grow=64)
     before, after, dense = (load_model(artifact).double() for artifact in (small, larger, other))
@@ -84,6 +86,7 @@ def test_grown_factors_hold_the_new_domain_too(adapter: str, backbone: str, tmp_
         if "/factors." in key:
             grown = grown[..., : value.shape[-1]]
         assert torch.equal(grown, value), key
+    assert "have no room for --grow 64 and take fewer: " in capsys.readouterr().err
     by_one = extend.run(small, other, "c", tmp_path / "one", work=tmp_path, grow=1)
     none = extend.run(small, other, "c", tmp_path / "none", work=tmp_path)
     assert 1e-6 > larger.summary["lost"] < by_one.summary["lost"] < none.summary["lost"]

@@ -225,7 +225,11 @@ class TestSubset:
         self, made: Made, capsys: pytest.CaptureFixture[str]
     ) -> None:
         whole = list(self.loader(made, 0, "data.per_class=2"))
-        assert "neon: 8 of 20 training clips (2 of a class, seed 0)" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert "neon: 8 of 20 training clips (2 of a class, seed 0)" in said
+        assert "have fewer" not in said
+        self.loader(made, 0, "data.per_class=9")
+        assert "neon: 4 classes have fewer than 9 clips: " in capsys.readouterr().err
         for domain in ("chalk", "neon"):
             keys = {key for batch in whole if batch.domain == domain for key in batch.keys}
             assert len(keys) == 8

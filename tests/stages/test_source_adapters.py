@@ -95,6 +95,22 @@ def test_other_models_are_refused_and_may_ignore_the_adapters(other: ModelSpec, 
     assert all(torch.equal(before[key], value) for key, value in model.tensors().items())
 
 
+def test_the_same_shapes_of_another_function_are_refused(tmp_path: Path) -> None:
+    def tokens(adapter: str, **options: Any) -> ModelSpec:
+        return ModelSpec("clip_vit_tiny", {}, 4, 32, {"a": 3}, [AdapterSpec(adapter, "all", options)], bn="frozen")
+
+    own = build_model(tokens("mst", r=4, fusion="softmax"))
+    draft = begin(tmp_path / "b", kind="backbone", stage="backbone pretrain", inputs=[], request={})
+    assert not isinstance(draft, Artifact)
+    save_backbone(draft.path, own.backbone, {"name": "clip_vit_tiny", **save_source_adapters(draft.path, own, "a")})
+    artifact = draft.commit({})
+    check_source_adapters(tokens("mst", r=4, fusion="softmax"), artifact, "copy")
+    for other in (tokens("mst", r=4), tokens("mst", r=4, fusion="softmax", act="gelu_down")):
+        assert own.tensors().keys() == build_model(other).tensors().keys()
+        with pytest.raises(MdlError, match="not the same ones"):
+            check_source_adapters(other, artifact, "copy")
+
+
 def test_what_only_training_uses_may_differ(tmp_path: Path) -> None:
     artifact = stored(source_model(), tmp_path / "b")
     check_source_adapters(spec(init="zero", dropout="01"), artifact, "copy")

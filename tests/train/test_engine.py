@@ -16,12 +16,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from mdltool.errors import MdlError, Stopped
 from mdltool.losses.multitrain import MultitrainLoss, MultitrainSpec
 from mdltool.model import MultiDomainModel, build_model
-from mdltool.sync_norm import batch_norm
+from mdltool.sync_norm import batch_norm, synchronise
 from mdltool.train.distributed import World as Ranks
 from mdltool.train.distributed import sum_gradients
 from mdltool.train.objective import MultitrainObjective, Part
@@ -30,7 +30,7 @@ from mdltool.train.tally import Tally
 from mdltool.types import Batch
 from tests.adapters.test_contract import clip, make, randomise
 from tests.conftest import World
-from tests.models import tiny_spec
+from tests.models import clips, tiny_model, tiny_spec
 from tests.processes import start
 from tests.train.test_loop import DOMAINS, SGD, loader, model_of, spec, states_equal, trainer
 
@@ -170,6 +170,27 @@ def test_batch_norm_over_one_process_is_the_frameworks() -> None:
         made.append((y.detach(), mean, var, inputs.grad, weight.grad, bias.grad))
     for theirs, ours in zip(*made, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("bn", ["shared", "per_domain"])
+def test_synchronised_layers_hold_the_same_tensors(bn: str) -> None:
+    model, again = (tiny_model(bn=bn) for _ in range(2))
+    before = model.tensors()
+    layers = {name: type(module) for name, module in model.named_modules()}
+    synchronise(model, lambda value: value)
+    after = model.tensors()
+    assert list(after) == list(before)
+    assert all(after[key] is before[key] for key in before)
+    kept = {name: type(module) for name, module in again.named_modules()}
+    changed = {name for name, module in model.named_modules() if type(module) is not kept[name]}
+    assert changed == {name for name, kind in layers.items() if kind in (nn.BatchNorm2d, nn.BatchNorm3d)}
+    for network in (model, again):
+        network.apply_regime("joint", bn)
+        network.train()(clips(), "a").square().sum().backward()
+    for (key, value), other in zip(model.tensors().items(), again.tensors().values(), strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-9, atol=1e-12, msg=key)
+        if value.grad is not None:
+            torch.testing.assert_close(value.grad, other.grad, rtol=1e-6, atol=1e-9, msg=key)
 
 
 def test_a_model_that_is_compiled_trains_as_it_does_otherwise() -> None:

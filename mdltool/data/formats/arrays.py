@@ -169,13 +169,18 @@ def _labels(labels: _Array, images: _Array) -> np.ndarray:
         raise MdlError(
             f"labels are {labels.header.dtype}, not whole numbers or names", labels.where, "convert them"
         )
-    values = labels.values().reshape(-1)
-    if kind != "S":
+    return _texts(labels) if kind == "S" else labels.values().reshape(-1)
+
+
+def _texts(array: _Array) -> np.ndarray:
+    """An array of texts or bytes as texts, [N]. Raises MdlError for bytes that are no UTF-8."""
+    values = array.values().reshape(-1)
+    if values.dtype.kind == "U":
         return values
     try:
         return np.char.decode(values, "utf-8")
     except UnicodeDecodeError as error:
-        raise MdlError(f"labels are no UTF-8 ({error})", labels.where, "convert them") from None
+        raise MdlError(f"the {array.role} are no UTF-8 ({error})", array.where, "convert them") from None
 
 
 def _classes_of(
@@ -186,8 +191,8 @@ def _classes_of(
     seen = sorted({value for part in values for value in np.unique(part).tolist()}, key=None if numbers else str)
     listed = next((array for array in arrays if array.role == "classes"), None)
     names, origin = classes, "from --classes"
-    if names is None and listed is not None and listed.header.dtype.kind == "U":
-        names, origin = [str(name) for name in listed.values().reshape(-1)], f"from the array {listed.name}"
+    if names is None and listed is not None and listed.header.dtype.kind in "US":
+        names, origin = _texts(listed).tolist(), f"from the array {listed.name}"
     if names is None:
         names, origin = [str(value) for value in seen], _SORTED
     elif numbers:
