@@ -33,7 +33,15 @@ TIERS = (
     ("cli",),
 )
 TIER = {name: number for number, tier in enumerate(TIERS) for name in tier}
-HELPERS = {"plan", "fitting", "weights", "continuing", "compression", "sweeping"}  # in stages/, but no stages
+HELPERS = {
+    "plan",
+    "fitting",
+    "weights",
+    "continuing",
+    "compression",
+    "sweeping",
+    "whitening",
+}  # in stages/, but no stages
 
 
 def imports(path: Path) -> set[str]:

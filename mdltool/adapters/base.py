@@ -77,6 +77,13 @@ class AnyAdapter(nn.Module, ABC):
         added = self.added(layer)
         return layer.weight + added, layer.bias
 
+    def scale_rules(self) -> dict[str, str]:
+        """Of the weights in `factor_rules`, those whose outputs go to a BatchNorm and nowhere else, and which.
+
+        The scale of such a weight is without meaning, since the BatchNorm takes it out again.
+        """
+        return {}
+
     def factor_rules(self) -> dict[str, Axes]:
         """Parameters that `compress` may factor, and which of their axes mean the same for every domain.
 

@@ -70,6 +70,9 @@ class StageConvAdapter(Adapter):
     def factor_rules(self) -> dict[str, Axes]:
         return {"kernel.weight": Axes(shared=(0,))}
 
+    def scale_rules(self) -> dict[str, str]:
+        return {list(self.factor_rules())[-1]: "norm"}
+
     def forward(self, inner: Inner, x: Tensor) -> Tensor:
         return self.adapt(inner(x))
 

@@ -44,6 +44,12 @@ def compress(
     independent: Annotated[
         bool, typer.Option("--independent", help="Each domain by itself: nothing is shared.")
     ] = False,
+    whiten: Annotated[
+        bool, typer.Option("--whiten", help="Least error of outputs on training clips, instead of weights.")
+    ] = False,
+    batches: Annotated[
+        int | None, typer.Option("--batches", min=1, help="With --whiten: of each domain (default 8).")
+    ] = None,
     sweep: Annotated[
         bool, typer.Option("--sweep", help="Score several ranks first: a table, sweep.csv and sweep.png.")
     ] = False,
@@ -91,7 +97,7 @@ def compress(
             raise MdlError(f"'{value}' is not known", option, f"one of: {', '.join(known)}")
     amounts = sum(value is not None for value in (rank, energy, budget))
     sweeps = sweep or sweep_ranks is not None
-    if extend is not None and (amounts or sweeps or independent):
+    if extend is not None and (amounts or sweeps or independent or whiten):
         raise MdlError(
             "the compressed model settles the ranks", "--extend", "leave out all but --grow and --finetune"
         )
@@ -100,6 +106,8 @@ def compress(
     if extend is None and (amounts > 1 or (amounts == 0 and not sweeps)):
         fix = "e.g. --rank 0.5, or --sweep alone"
         raise MdlError("say how much is to be kept, in one way", "--rank, --energy, --budget", fix)
+    if batches is not None and not whiten:
+        raise MdlError("this option does nothing without --whiten", "--batches", "add --whiten, or leave it out")
     _refuse_idle(rank, energy, budget, rank_mode, energy_scope, min_rank, sweeps)
     place = work_dir(work)
     parsed = _rank(rank) if rank is not None else None
@@ -108,9 +116,10 @@ def compress(
     from mdltool.stages import compress as stage
     from mdltool.stages.compression import Amount, Finetune, Svd, parse_svd
     from mdltool.stages.sweeping import RANKS, Sweep, parse_ranks
+    from mdltool.stages.whitening import Whiten
 
     svd, rest = parse_svd(overrides or ())
-    if finetune is None and (rest or svd.train_shared or (data and not sweeps)):
+    if finetune is None and (rest or svd.train_shared or (data and not sweeps and not whiten)):
         given = f"--set {rest[0]}" if rest else "--set svd.train_shared" if svd.train_shared else "--data"
         raise MdlError("nothing is trained", given, "add --finetune UPDATES")
     if extend is not None and svd != Svd():
@@ -129,11 +138,12 @@ def compress(
         console.emit(added, as_json)
         return
     ranks = parse_ranks(sweep_ranks) if sweep_ranks is not None else RANKS
-    splits = (("train",) if finetune is not None else ()) + (("val",) if finetune is not None or sweeps else ())
+    splits = (("train",) if finetune or whiten else ()) + (("val",) if finetune or sweeps else ())
     shards = shards_for(data, place, domains, splits) if splits else []
     training = Finetune(finetune, shards, rest, resume, count) if finetune is not None else None
     amount = Amount(parsed, energy, budget, rank_mode, energy_scope, min_rank, independent)  # type: ignore[arg-type]
-    label = _label(rank, energy, budget, independent, finetune)
+    label = _label(rank, energy, budget, independent, whiten, finetune)
+    calibration = [s for s in shards if s.summary.get("split") == "train"] if whiten else []
     swept = Sweep(shards, ranks, count) if sweeps else None
     artifact = stage.run(
         source,
@@ -143,6 +153,7 @@ def compress(
         svd=svd,
         finetune=training,
         sweep=swept,
+        whiten=Whiten(calibration, batches or 8, count) if whiten else None,
     )
     if int(os.environ.get("RANK", "0")) == 0:
         show(artifact)
@@ -183,12 +194,18 @@ def _rank(text: str) -> float:
 
 
 def _label(
-    rank: str | None, energy: float | None, budget: str | None, independent: bool, finetune: int | None
+    rank: str | None,
+    energy: float | None,
+    budget: str | None,
+    independent: bool,
+    whiten: bool,
+    finetune: int | None,
 ) -> str:
-    """What an artifact's name says of the request: r0.5, e0.9-independent, b0.5x-ft200."""
+    """What an artifact's name says of the request: r0.5, e0.9-independent, b0.5x-whiten-ft200."""
     named = (("r", rank), ("e", None if energy is None else f"{energy:g}"), ("b", budget))
     amount = next((letter + value for letter, value in named if value is not None), "swept")
-    return amount + ("-independent" if independent else "") + (f"-ft{finetune}" if finetune else "")
+    said = (("-independent", independent), ("-whiten", whiten), (f"-ft{finetune}", finetune))
+    return amount + "".join(words for words, given in said if given)
 
 
 def _other(text: str) -> tuple[Artifact, str | None]:

@@ -48,11 +48,15 @@ class SiteWeight:
 
 @dataclass(frozen=True)
 class Decomposed:
-    """A weight's decompositions: one of all domains together, or each domain's own."""
+    """A weight's decompositions: one of all domains together, or each domain's own.
+
+    whitened: with second moments, so that norms are of outputs.
+    """
 
     weight: SiteWeight
     independent: bool
     parts: tuple[Decomposition, ...]
+    whitened: bool = False
 
     def for_ranks(self) -> Weight:
         """What a choice of ranks needs of it. Independent matrices are a batch that takes one rank."""
@@ -129,8 +133,32 @@ def decompositions(
         parts = [
             decompose({d: matrices[d] for d in group}, balance=balance, second_moments=moments) for group in groups
         ]
-        found[weight.name] = Decomposed(weight, independent, tuple(parts))
+        found[weight.name] = Decomposed(weight, independent, tuple(parts), moments is not None)
     return found
+
+
+def folded_norms(model: MultiDomainModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A model's tensors with the scale of each BatchNorm that follows a weight of an adapter in that weight.
+
+    The same function in both modes, up to the norm's eps in training: the statistics are scaled as the outputs are,
+    and in eval mode the norm adds its bias alone. So what a decomposition weighs is what leaves the norm.
+    """
+    result = dict(tensors)
+    for site, wrapper in model.sites.items():
+        for domain, adapter in wrapper.adapters.items():
+            for parameter, norm in adapter.scale_rules().items():  # type: ignore[operator]
+                own, eps = f"{domain}/{site}", float(adapter.get_submodule(norm).eps)  # type: ignore[arg-type]
+                mean, var, gain = (tensors[f"{own}/{norm}.{n}"] for n in ("running_mean", "running_var", "weight"))
+                scale = gain.double() / (var.double() + eps).sqrt()
+                path = parameter.removesuffix("weight")
+                for name in {f"{own}/{path}weight", f"{own}/{path}bias"} & tensors.keys():
+                    value = tensors[name]
+                    result[name] = (value * scale.view(-1, *[1] * (value.ndim - 1))).to(value)
+                moved = scale.square() * var
+                result[f"{own}/{norm}.running_mean"] = (scale * mean).to(mean)
+                result[f"{own}/{norm}.running_var"] = moved.to(var)
+                result[f"{own}/{norm}.weight"] = (moved + eps).sqrt().to(gain)
+    return result
 
 
 def factored(

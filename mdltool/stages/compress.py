@@ -9,8 +9,11 @@ import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from mdltool.artifact import Artifact, Draft, partial_path
 from mdltool.compress.factoring import Decomposed, SiteWeight, decompositions, factor_specs, factored
@@ -37,6 +40,7 @@ from mdltool.stages.compression import (
 )
 from mdltool.stages.fitting import Scope
 from mdltool.stages.sweeping import Sweep, check_sweep, smallest_good, swept
+from mdltool.stages.whitening import Calibration, Whiten, check_whiten
 from mdltool.train.checkpoint import save_tensors
 from mdltool.train.distributed import join_world
 from mdltool.train.plan import Progress
@@ -54,30 +58,35 @@ def run(
     svd: Svd | None = None,
     finetune: Finetune | None = None,
     sweep: Sweep | None = None,
+    whiten: Whiten | None = None,
 ) -> Artifact:
     """Compress a model's adapters, and train what is a domain's own a little further.
 
     sweep: also score other ranks; where `amount` says nothing, the smallest rank within a point of the uncompressed
-    model is taken. Raises MdlError for a model without matrices in its adapters, one that is compressed already,
-    and an amount that makes no sense.
+    model is taken. whiten: least error of the outputs on training clips. Raises MdlError for a model without
+    matrices in its adapters, one that is compressed already, and an amount that makes no sense.
     """
     svd = svd or Svd()
     content = source.load_json("model.json")
     refuse_fused(content, source.path)
     spec = ModelSpec.from_json(content["spec"])
     check_amount(amount)
-    job = _Job(source, spec, factorable(spec, source, svd.matricise), amount, svd, finetune is None)
+    weights = factorable(spec, source, svd.matricise)
+    calibration = check_whiten(whiten, content, source) if whiten is not None else None
+    job = _Job(source, spec, weights, amount, svd, finetune is None, calibration)
     scored = check_sweep(sweep, content, amount) if sweep is not None else {}
     training = (
         training_of(content["recipe"], content["domains"], finetune, source) if finetune is not None else None
     )
     inputs = inputs_of(source, [], training, work)
     inputs += [shards.as_input("sweep") for shards, _ in scored.values()]
+    inputs += calibration.inputs() if calibration is not None else []
     request = {
         "amount": asdict(amount),
         "svd": svd.model_dump(),
         "finetune": training.recipe.model_dump(mode="json") if training is not None else None,
         "sweep": list(sweep.ranks) if sweep is not None else None,
+        **({"whiten": whiten.batches} if whiten is not None else {}),
     }
     world = join_world()
     how = "never" if finetune is None else "must" if finetune.resume else "ask"
@@ -85,12 +94,16 @@ def run(
     if isinstance(draft, Artifact):
         return draft
     folder, progress, points = partial_path(out), None, None
+
+    def found() -> dict[str, Decomposed]:
+        return job.decomposed("last", work)[1]
+
     with draft or nullcontext():
         if sweep is not None:
             indices = {domain: index for domain, (_, index) in scored.items()}
-            points = swept(source, job.weights, amount, svd, sweep, indices, folder, work)
+            points = swept(source, partial(by_main, world, found), amount, svd, sweep, indices, folder, work)
             job = replace(job, amount=smallest_good(points, amount))
-        spec, table = by_main(world, lambda: _compress(job, draft))
+        spec, table = by_main(world, lambda: _compress(job, draft, work))
     if training is not None:
         scope = Scope(shared_factors=svd.train_shared)
         progress = finetuned(spec, folder / _START, source, training, scope, folder, work)
@@ -109,9 +122,24 @@ class _Job:
     amount: Amount
     svd: Svd
     final: bool
+    calibration: Calibration | None = None
+
+    def decomposed(self, name: str, work: Path) -> tuple[dict[str, Tensor], dict[str, Decomposed]]:
+        """The tensors of one kind of weights, and the decompositions of what is matrices among them."""
+        tensors = read_model_tensors(self.source, self.spec, name, self.svd.fold_bn)
+        measured = self.calibration.moments(self.source, self.weights, name, work) if self.calibration else None
+        found = decompositions(
+            self.weights,
+            tensors,
+            list(self.spec.domains),
+            independent=self.amount.independent,
+            balance=self.svd.balance,
+            second_moments=measured,
+        )
+        return tensors, found
 
 
-def _compress(job: _Job, draft: Draft | None) -> tuple[ModelSpec, list[dict[str, Any]]]:
+def _compress(job: _Job, draft: Draft | None, work: Path) -> tuple[ModelSpec, list[dict[str, Any]]]:
     """Write the compressed tensors into the draft."""
     assert draft is not None, "rank 0 has the draft"
     found: dict[str, Decomposed] = {}
@@ -119,10 +147,7 @@ def _compress(job: _Job, draft: Draft | None) -> tuple[ModelSpec, list[dict[str,
     amount, svd = job.amount, job.svd
     names = [name for name in WEIGHTS if f"weights/{name}.safetensors" in job.source.files]
     for name in names if job.final else names[:1]:
-        tensors = read_model_tensors(job.source, job.spec, name)
-        own = decompositions(
-            job.weights, tensors, list(job.spec.domains), independent=amount.independent, balance=svd.balance
-        )
+        tensors, own = job.decomposed(name, work)
         if not choices:  # of the last weights; the others take the same
             found, choices = own, choose(own, amount, svd.weighting)
         file = f"weights/{name}.safetensors" if job.final else _START

@@ -15,7 +15,7 @@ from torch import Tensor
 from mdltool import console
 from mdltool.artifact import Artifact, Draft, Input
 from mdltool.compress import ranks
-from mdltool.compress.factoring import Decomposed, SiteWeight, site_weights
+from mdltool.compress.factoring import Decomposed, SiteWeight, folded_norms, site_weights
 from mdltool.compress.ranks import Choice
 from mdltool.data.index import ShardIndex
 from mdltool.errors import MdlError
@@ -65,7 +65,8 @@ class Svd(BaseModel):
     """Keys under `svd.`: of the decomposition (spec residual_adapters 2.5), and of the fine-tuning.
 
     scale: which factor holds the singular values. balance: whether domains weigh alike. weighting: of the weights
-    under a budget. matricise: which sides of convolutions are shared. train_shared: fine-tune what is shared too.
+    under a budget. matricise: which sides of convolutions are shared. fold_bn: scale kernels as the BatchNorm that
+    reads them alone does, first. train_shared: fine-tune what is shared too.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -74,6 +75,7 @@ class Svd(BaseModel):
     balance: Literal["none", "frobenius"] = "none"
     weighting: Literal["relative", "frobenius"] = "relative"
     matricise: Literal["adapter", "out", "in", "filters", "separable", "basis"] = "adapter"
+    fold_bn: bool = False
     train_shared: bool = False
 
 
@@ -201,14 +203,19 @@ def factorable(spec: ModelSpec, source: Artifact, matricise: str = "adapter") ->
     return weights
 
 
-def read_model_tensors(source: Artifact, spec: ModelSpec, weights: str = "last") -> dict[str, Tensor]:
-    """A model's stored tensors. Raises MdlError where they are not those of its spec."""
+def read_model_tensors(
+    source: Artifact, spec: ModelSpec, weights: str = "last", fold_bn: bool = False
+) -> dict[str, Tensor]:
+    """A model's stored tensors, with BatchNorms folded into what they alone read or as they are.
+
+    Raises MdlError where they are not those of its spec.
+    """
     path = source.file(f"weights/{weights}.safetensors")
     tensors = read_tensors(path)
     with torch.device("meta"):
         model = build_model(spec)
     model.load_tensors(tensors, path, with_backbone=bool(source.load_json("model.json")["own_backbone"]))
-    return tensors
+    return folded_norms(model, tensors) if fold_bn else tensors
 
 
 def check_amount(amount: Amount) -> None:
@@ -255,6 +262,7 @@ def rows(found: Mapping[str, Decomposed], choices: Mapping[str, Choice]) -> list
                 "components": len(weight.energies),
                 "full": weight.full,
                 "clamped": choice.clamped,
+                "whitened": entry.whitened,
                 "energy": float(weight.energies.sum()),
                 "retained": choice.retained,
                 "retained_by_domain": entry.retained(choice.rank),
@@ -286,8 +294,10 @@ def _name(row: Mapping[str, Any]) -> str:
 def totals(table: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Of all weights together: numbers stored and dense, and the retained fraction of the squared norm."""
     stored, dense = (sum(row[key] for row in table) for key in ("stored", "dense"))
-    energy = sum(row["energy"] for row in table)
-    kept = sum(row["energy"] * row["retained"] for row in table)
+    # Norms of outputs and of weights are no quantities to add; then each weight counts by its size.
+    size = "dense" if any(row["whitened"] for row in table) else "energy"
+    energy = sum(row[size] for row in table)
+    kept = sum(row[size] * row["retained"] for row in table)
     return {
         "weights": len(table),
         "factored": sum(row["rank"] is not None for row in table),

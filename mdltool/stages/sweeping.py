@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from mdltool import console
 from mdltool.artifact import Artifact
 from mdltool.compress import ranks
-from mdltool.compress.factoring import SiteWeight, decompositions, multiplied
+from mdltool.compress.factoring import Decomposed, multiplied
 from mdltool.compress.ranks import Choice
 from mdltool.data.index import ShardIndex
 from mdltool.errors import MdlError
@@ -63,7 +63,7 @@ def check_sweep(sweep: Sweep, content: Mapping[str, Any], amount: Amount) -> dic
 
 def swept(
     source: Artifact,
-    weights: Sequence[SiteWeight],
+    decompose: Callable[[], Mapping[str, Decomposed]],
     amount: Amount,
     svd: Svd,
     sweep: Sweep,
@@ -82,10 +82,7 @@ def swept(
         return points
     content = source.load_json("model.json")
     recipe, spec = Recipe.model_validate(content["recipe"]), ModelSpec.from_json(content["spec"])
-    tensors = read_model_tensors(source, spec)
-    found = decompositions(
-        weights, tensors, list(spec.domains), independent=amount.independent, balance=svd.balance
-    )
+    tensors, found = read_model_tensors(source, spec, fold_bn=svd.fold_bn), decompose()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(source, work=work).to(device).channels_last()
     total = content["parameters"]["total"]
