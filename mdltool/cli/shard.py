@@ -33,6 +33,8 @@ _EXAMPLES = (
     "Examples:  mdltool shard ~/videos/train --format folder --domain kitchen --split train   |   "
     "mdltool shard ~/UCF-101 --format ucf101 --annotations ~/ucfTrainTestlist --domain ucf101 --split train   |   "
     "mdltool shard ~/decathlon --format coco --annotations dtd_train.json --domain dtd --split train   |   "
+    "mdltool shard ~/talks --format csv --annotations list.csv --domain talks --split train "
+    "--modality audio --modality text --side text=~/subtitles   |   "
     "mdltool shard --merge artifacts/shards/k400-train-part*"
 )
 
@@ -73,6 +75,34 @@ Exclude = Annotated[
 ]
 Verify = Annotated[str, typer.Option("--verify", help="probe: the first frame decodes; decode: all do.")]
 MaxBad = Annotated[str, typer.Option("--max-bad", help="Fail when more clips than this are unusable.")]
+Modality = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--modality",
+        help="Store a stream beside the frames: audio, flow, text, audio_NAME, or NAME=KIND. Repeat it.",
+        metavar="STREAM",
+    ),
+]
+Side = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--side",
+        help="Where a stream's files are, by the videos' names: sounds, flow frames, transcripts.",
+        metavar="STREAM=PATH",
+    ),
+]
+Features = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--features", help="Take a stream's tokens from files <key or video>.npy, [M, D].", metavar="STREAM=FOLDER"
+    ),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", help="An option of a stream, e.g. audio.store=opus. Repeat it.", metavar="STREAM.KEY=VALUE"
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="List what would be written, and stop.")]
 
 
@@ -94,6 +124,10 @@ def shard(
     exclude: Exclude = None,
     verify: Verify = "probe",
     max_bad: MaxBad = "1%",
+    modality: Modality = None,
+    side: Side = None,
+    features: Features = None,
+    set_: Set = None,
     dry_run: DryRun = False,
     work: options.Work = None,
     out: options.Out = None,
@@ -115,12 +149,14 @@ def shard(
     _known("--verify", verify, _CHECKS)
 
     from mdltool.data.encode import Encoding
+    from mdltool.data.modalities.asked import asked
     from mdltool.stages import shard as stage
 
     dataset = stage.Dataset(folder, format, domain, split, annotations, fold, classes)
     share = _part(part) if part else None
     encoding, size = Encoding(encode, short_side, gop), _bytes(shard_size)
-    writing = stage.Writing(encoding, size, verify == "decode", share, exclude)
+    streams = asked(modality or (), side or (), features or (), set_ or ())
+    writing = stage.Writing(encoding, size, verify == "decode", share, exclude, streams)
     if dry_run:
         _show_outlook(dataset, writing, as_json)
         return

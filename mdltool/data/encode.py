@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import av
 import numpy as np
@@ -27,6 +27,10 @@ from mdltool.data.image_arrays import read_row
 from mdltool.data.remux import cut_segment, demux, find_span, open_video, segment_packets
 from mdltool.data.video import VideoError
 from mdltool.types import Clip
+
+if TYPE_CHECKING:
+    from mdltool.data.modalities.clip import StoredStream
+    from mdltool.data.modalities.plan import ClipStream
 
 MODES = ("copy", "h264", "jpeg")
 # x264's macroblock tree, on CPUs with AVX-512, reads memory that it never wrote: the same frames come out as other
@@ -67,18 +71,20 @@ class Prepared:
     path: Path
     temporary: bool
     meta: dict[str, Any]
+    streams: tuple[StoredStream, ...] = ()
 
 
 @dataclass(frozen=True)
 class Job:
     """What a worker is told. full: decode everything instead of the first frame. scratch: new files are named so,
-    plus a suffix. limit_s: the time after which it counts as hanging (0: never)."""
+    plus a suffix. limit_s: the time after which it counts as hanging (0: never). streams: what is stored beside."""
 
     clip: Clip
     encoding: Encoding
     full: bool
     scratch: Path
     limit_s: float = 0.0
+    streams: tuple[ClipStream, ...] = ()
 
 
 def prepare(job: Job) -> Prepared:

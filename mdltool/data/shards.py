@@ -10,7 +10,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +52,32 @@ class PlannedShard:
 
 @dataclass(frozen=True)
 class Member:
-    """A clip in a shard. offset, size: bytes of all its members in the tar, headers included."""
+    """A clip in a shard. offset, size: bytes of all its members in the tar, headers included. raw: bytes at the end
+    of these in which raw streams lie."""
 
     key: str
     offset: int
     size: int
     label: Label
+    raw: int = 0
+
+    def as_index(self) -> dict[str, Any]:
+        """Its entry in index.json, which says nothing of raw streams where there are none."""
+        entry = asdict(self)
+        return entry if self.raw else {name: value for name, value in entry.items() if name != "raw"}
+
+
+@dataclass(frozen=True)
+class StreamCount:
+    """How many clips of a shard have a stream, how many lack it, and one of these with its reason."""
+
+    clips: int = 0
+    lacking: int = 0
+    example: str = ""
+
+    def __add__(self, other: StreamCount) -> StreamCount:
+        example = self.example or other.example
+        return StreamCount(self.clips + other.clips, self.lacking + other.lacking, example)
 
 
 @dataclass(frozen=True)
@@ -72,17 +92,18 @@ class Unusable:
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """A finished shard. bytes is 0 and there is no file where none of its clips can be used."""
+    """A finished shard. bytes is 0 and there is no file where none of its clips can be used. streams: by name."""
 
     file: str
     bytes: int
     sha256: str
     members: tuple[Member, ...]
     unusable: tuple[Unusable, ...]
+    streams: dict[str, StreamCount] = field(default_factory=dict)
 
     def as_index(self) -> dict[str, Any]:
         """Its entry in index.json."""
-        members = [asdict(member) for member in self.members]
+        members = [member.as_index() for member in self.members]
         return {
             "file": self.file,
             "clips": len(members),
@@ -172,16 +193,18 @@ def write_shard(
     temporary = folder / (shard.file + ".tmp")
     tar = TarWriter(temporary)
     members, unusable = [], []
+    streams: dict[str, StreamCount] = {}
     try:
         for clip, source, outcome in zip(shard.clips, shard.sources, outcomes, strict=True):
-            fault = outcome if isinstance(outcome, Failed) else None
             offset = tar.size
-            if isinstance(outcome, Prepared):
-                fault = _store(tar, clip, source, outcome, naming)
-            if fault is not None:
-                unusable.append(naming.unusable(clip, fault.reason))
-            else:
-                members.append(Member(clip.key, offset, tar.size - offset, clip.label))
+            stored = outcome if isinstance(outcome, Failed) else _store(tar, clip, source, outcome, naming)
+            if isinstance(stored, Failed):
+                unusable.append(naming.unusable(clip, stored.reason))
+                continue
+            members.append(Member(clip.key, offset, tar.size - offset, clip.label, stored))
+            for stream in outcome.streams if isinstance(outcome, Prepared) else ():
+                count = StreamCount(1) if stream.tokens else StreamCount(0, 1, f"{clip.key}: {stream.missing}")
+                streams[stream.name] = streams.get(stream.name, StreamCount()) + count
         tar.close()
     finally:
         tar.abandon()
@@ -190,15 +213,20 @@ def write_shard(
     else:
         temporary.unlink()
     size, sha256 = (tar.size, tar.sha256) if members else (0, "")
-    record = ShardRecord(shard.file, size, sha256, tuple(members), tuple(unusable))
+    record = ShardRecord(shard.file, size, sha256, tuple(members), tuple(unusable), streams)
     write_record(folder, shard, record)
     return record
 
 
-def _store(tar: TarWriter, clip: Clip, source: SourceFile, prepared: Prepared, naming: Naming) -> Failed | None:
-    """Append a clip's members; on failure to read its video nothing is appended."""
+def _store(tar: TarWriter, clip: Clip, source: SourceFile, prepared: Prepared, naming: Naming) -> Failed | int:
+    """Append a clip's members, its raw streams last; returns their bytes.
+
+    On failure to read its video nothing is appended.
+    """
     extension = prepared.path.suffix.lower() or ".bin"
     metadata = {**naming.metadata(clip), **prepared.meta}
+    if prepared.streams:
+        metadata["streams"] = {stream.name: stream.meta for stream in prepared.streams}
     try:
         video = open(prepared.path, "rb", buffering=0)  # noqa: SIM115 - closed by the with below
     except OSError as error:
@@ -211,11 +239,18 @@ def _store(tar: TarWriter, clip: Clip, source: SourceFile, prepared: Prepared, n
             with tar.whole():
                 tar.add_file(clip.key + extension, video, size)
                 tar.add(clip.key + ".json", json.dumps(metadata).encode())
+                for stream in prepared.streams:
+                    for name, content in stream.members.items():
+                        tar.add(f"{clip.key}.{name}", content)
+                before_raw = tar.size
+                for name, content in (stream.raw for stream in prepared.streams if stream.raw is not None):
+                    tar.add(f"{clip.key}.{name}", content)
+                raw = tar.size - before_raw
         except ReadFault as fault:
             return Failed(str(fault))
     if prepared.temporary:
         prepared.path.unlink()
-    return None
+    return raw
 
 
 def write_record(folder: Path, shard: PlannedShard, record: ShardRecord) -> None:
@@ -238,6 +273,7 @@ def read_record(folder: Path, shard: PlannedShard) -> ShardRecord | None:
         content["sha256"],
         tuple(Member(**member) for member in content["members"]),
         tuple(Unusable(**clip) for clip in content["unusable"]),
+        {name: StreamCount(**count) for name, count in content.get("streams", {}).items()},
     )
     path = folder / shard.file
     there = path.stat().st_size if path.is_file() else 0

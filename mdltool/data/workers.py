@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
@@ -78,15 +78,22 @@ class Pool(Generic[Task, Done]):
 
     function: a module's function, of one argument. limit_s: the seconds that a task may take; the kernel ends what
     runs longer, in whatever code it hangs, also when this process has died. A fork server starts the workers, so
-    that neither threads nor open files of this process are copied. Use as a context manager.
+    that neither threads nor open files of this process are copied. preload: what it imports once for all of them.
+    Use as a context manager.
     """
 
-    def __init__(self, function: Callable[[Task], Done], count: int, limit_s: Callable[[Task], float]) -> None:
+    def __init__(
+        self,
+        function: Callable[[Task], Done],
+        count: int,
+        limit_s: Callable[[Task], float],
+        preload: Sequence[str] = (),
+    ) -> None:
         self._function = function
         self._count = count
         self._limit_s = limit_s
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([function.__module__])
+        self._context.set_forkserver_preload([function.__module__, *preload])
         forkserver.ensure_running()  # it loads the module while this process goes on
         self._workers: list[_Worker[Task]] = []
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-import math
 import os
 import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -19,57 +15,31 @@ from typing import Any
 from mdltool import console
 from mdltool.artifact import Artifact, Draft, begin
 from mdltool.data.dataset import Dataset
-from mdltool.data.encode import Encoding, Job, Prepared, prepare
+from mdltool.data.encode import Job, Prepared, prepare
 from mdltool.data.formats.common import clip_name
-from mdltool.data.shards import (
-    SHARD_PREFIX,
-    Naming,
-    PlannedShard,
-    ShardRecord,
-    Unusable,
-    plan,
-    read_record,
-    write_record,
-    write_shard,
+from mdltool.data.modalities.clip import TORCH_KINDS, prepare_with_streams
+from mdltool.data.modalities.plan import Streams, index_entry
+from mdltool.data.shard_builder import (
+    CLIP_LIMIT_S,
+    Builder,
+    Effort,
+    Writing,
+    own_names,
+    refuse_too_many_bad,
+    remove_strays,
 )
-from mdltool.data.workers import Failed, Pool
+from mdltool.data.shards import Naming, PlannedShard, ShardRecord, StreamCount, Unusable, plan
+from mdltool.data.workers import Pool
 from mdltool.errors import MdlError
 from mdltool.files import digest_of, sha256_file, write_text
-from mdltool.types import Clip, Listing
+from mdltool.types import Listing
 
-CLIP_LIMIT_S = 120.0
-# Of a long video's file, that the slowest disk and decoder get through; its clip may take longer than others.
-_SLOWEST_BYTES_PER_S = 250_000
-_REASONS_SHOWN = 5
-_SCRATCH = "scratch-"
+__all__ = ["CLIP_LIMIT_S", "Dataset", "Effort", "Writing", "default_name", "merge", "outlook", "run"]
+
 _PART = "part.json"
 INDEX, QUARANTINE, MISSING = "index.json", "quarantine.jsonl", "missing.jsonl"
 
-Outcome = Prepared | Failed
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Writing:
-    """What decides the shards' bytes besides the data set.
-
-    part: (i, n), the i-th of n shares, i from 0. exclude: a file of the keys of clips to leave out.
-    """
-
-    encoding: Encoding = field(default_factory=Encoding)
-    shard_bytes: int = 10**9
-    full_check: bool = False
-    part: tuple[int, int] | None = None
-    exclude: Path | None = None
-
-
-@dataclass(frozen=True)
-class Effort:
-    """What does not: worker processes, seconds that a small clip may take, share of clips that may be bad."""
-
-    workers: int = 1
-    limit_s: float = CLIP_LIMIT_S
-    max_bad: float = 0.01
 
 
 def default_name(dataset: Dataset, part: tuple[int, int] | None) -> str:
@@ -82,6 +52,8 @@ def outlook(dataset: Dataset, writing: Writing) -> dict[str, Any]:
     """What `run` would write: counts, notes, and each shard's clips and bytes of source files."""
     listing = _listed(dataset, writing)
     shards = _share(plan(listing.clips, writing.shard_bytes), writing.part)
+    streams = _streams(dataset, listing, writing)
+    about = {plan.name: index_entry(plan.info) for plan in streams.plans} if streams else {}
     return {
         "domain": dataset.domain,
         "split": dataset.split,
@@ -90,7 +62,8 @@ def outlook(dataset: Dataset, writing: Writing) -> dict[str, Any]:
         "clips": len(listing.clips),
         "missing": len(listing.missing),
         "excluded": listing.excluded,
-        "notes": list(listing.notes),
+        "notes": [*listing.notes, *(streams.note(listing.clips) if streams else ())],
+        **({"streams": about} if about else {}),
         "shards": [
             {"file": s.file, "clips": len(s.clips), "source_bytes": sum(f.size for f in s.sources)} for s in shards
         ],
@@ -101,14 +74,16 @@ def run(dataset: Dataset, out: Path, writing: Writing = Writing(), effort: Effor
     """Write the shards, or the share of them that `writing.part` names, and return the artifact.
 
     An interrupted run is continued: finished shards are kept, clips that failed are tried again. Raises MdlError
-    for what is wrong with the annotations, and when more than `effort.max_bad` of the clips cannot be used; what
-    is finished is kept then.
+    for what is wrong with the annotations or side files, when more than `effort.max_bad` of the clips cannot be
+    used, and when no clip has one of the streams; what is finished is kept then.
     """
-    with Pool(prepare, effort.workers, attrgetter("limit_s")) as pool:
+    with _pool(writing, effort) as pool:
         listing = _listed(dataset, writing)
-        console.say(f"{dataset.format}: {'; '.join(listing.notes)}")
+        streams = _streams(dataset, listing, writing)
+        notes = [*listing.notes, *(streams.note(listing.clips) if streams else ())]
+        console.say(f"{dataset.format}: {'; '.join(notes)}")
         planned = plan(listing.clips, writing.shard_bytes)
-        request = _request(dataset, listing, writing)
+        request = _request(dataset, listing, writing, streams)
         draft = begin(out, kind="shards", stage="shard", inputs=(), request=request, resume="auto")
         if isinstance(draft, Artifact):
             console.say(f"already there and identical: {out}")
@@ -116,16 +91,54 @@ def run(dataset: Dataset, out: Path, writing: Writing = Writing(), effort: Effor
         naming = Naming(dataset.domain, dataset.split, listing.classes, dataset.source, listing.task)
         try:
             shards = _share(planned, writing.part)
-            records = _Builder(draft.path, pool, naming, writing, effort, shards, len(listing.clips)).build()
+            clips = len(listing.clips)
+            records = Builder(draft.path, pool, naming, writing, effort, shards, clips, streams).build()
             if writing.part is not None:
                 _write_part(draft.path, writing.part, planned)
             missing = [{"key": key, "reason": reason} for key, reason in sorted(listing.missing)]
             unusable = [asdict(clip) for record in records for clip in record.unusable]
             entries = [record.as_index() for record in records if record.members]
-            return _commit(draft, naming.as_index(), entries, unusable, missing, listing.excluded)
+            header = naming.as_index() | _stream_entries(streams, records, whole=writing.part is None)
+            return _commit(draft, header, entries, unusable, missing, listing.excluded)
         except BaseException:
             draft.abandon(keep=True)
             raise
+
+
+def _pool(writing: Writing, effort: Effort) -> Pool[Job, Prepared]:
+    if not writing.streams:
+        return Pool(prepare, effort.workers, attrgetter("limit_s"))
+    extracted = [asked.kind for asked in writing.streams if asked.features is None]
+    preload = ("torch",) if set(extracted) & set(TORCH_KINDS) else ()
+    return Pool(prepare_with_streams, effort.workers, attrgetter("limit_s"), preload)
+
+
+def _streams(dataset: Dataset, listing: Listing, writing: Writing) -> Streams | None:
+    return Streams(writing.streams, listing.clips, dataset.source) if writing.streams else None
+
+
+def _stream_entries(streams: Streams | None, records: Sequence[ShardRecord], whole: bool) -> Row:
+    """{"streams": ...} of index.json, nothing where there are none; says how many clips have each."""
+    if streams is None:
+        return {}
+    entries: Row = {}
+    for planned in streams.plans:
+        count = sum((record.streams.get(planned.name, StreamCount()) for record in records), StreamCount())
+        lacking = f", {count.lacking} lack it, e.g. {count.example}" if count.lacking else ""
+        console.say(f"{planned.name}: {count.clips} clips have it{lacking}")
+        entries[planned.name] = {**index_entry(planned.info), "clips": count.clips}
+        if whole:
+            _refuse_empty_stream(planned.name, count)
+    return {"streams": entries}
+
+
+def _refuse_empty_stream(name: str, count: StreamCount) -> None:
+    if count.lacking and not count.clips:
+        raise MdlError(
+            f"no clip has the stream '{name}'" + (f", e.g. {count.example}" if count.example else ""),
+            f"--modality {name}",
+            f"leave it out, or say where it is (--side {name}=...)",
+        )
 
 
 def _listed(dataset: Dataset, writing: Writing) -> Listing:
@@ -139,7 +152,7 @@ def _listed(dataset: Dataset, writing: Writing) -> Listing:
     return listing
 
 
-def _request(dataset: Dataset, listing: Listing, writing: Writing) -> dict[str, Any]:
+def _request(dataset: Dataset, listing: Listing, writing: Writing, streams: Streams | None) -> dict[str, Any]:
     clips = [
         [clip.key, clip.label, clip_name(clip, dataset.source), clip.start_s, clip.end_s] for clip in listing.clips
     ]
@@ -154,6 +167,8 @@ def _request(dataset: Dataset, listing: Listing, writing: Writing) -> dict[str, 
     }
     if listing.excluded:  # which clips is in the listing
         request["excluded"] = listing.excluded
+    if streams is not None:
+        request["streams"] = streams.request()
     if writing.part is not None:
         request["part"] = list(writing.part)
     return request
@@ -161,127 +176,6 @@ def _request(dataset: Dataset, listing: Listing, writing: Writing) -> dict[str, 
 
 def _share(planned: Sequence[PlannedShard], part: tuple[int, int] | None) -> list[PlannedShard]:
     return list(planned) if part is None else list(planned[part[0] :: part[1]])
-
-
-class _Builder:
-    """Makes the shards of one draft directory. total: clips of all parts, which --max-bad refers to."""
-
-    def __init__(
-        self,
-        folder: Path,
-        pool: Pool[Job, Prepared],
-        naming: Naming,
-        writing: Writing,
-        effort: Effort,
-        shards: Sequence[PlannedShard],
-        total: int,
-    ) -> None:
-        self._folder = folder
-        self._pool = pool
-        self._naming = naming
-        self._writing = writing
-        self._effort = effort
-        self._shards = shards
-        self._total = total
-        self._scratch = folder / _SCRATCH
-        self._sizes = {
-            clip.video: source.size for s in shards for clip, source in zip(s.clips, s.sources, strict=True)
-        }
-        self._numbers = itertools.count()
-        self._records: dict[str, ShardRecord] = {}
-
-    def build(self) -> list[ShardRecord]:
-        """Records of all the shards, in their order; those that an earlier run finished are kept."""
-        _remove_strays(self._folder, {name for shard in self._shards for name in (shard.file, shard.record_file)})
-        # A name of its own: a worker of a killed run may still be writing to that one's.
-        self._scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=self._folder))
-        try:
-            self._keep_finished()
-            self._make([shard for shard in self._shards if shard.file not in self._records])
-        finally:
-            shutil.rmtree(self._scratch, ignore_errors=True)
-        return [self._records[shard.file] for shard in self._shards]
-
-    def _keep_finished(self) -> None:
-        """Take over finished shards but for those of whose failed clips one can be used this time."""
-        read = ((shard, read_record(self._folder, shard)) for shard in self._shards)
-        found = [(shard, record) for shard, record in read if record is not None]
-        if not found:
-            return
-        failed = [clip for shard, record in found for clip in _failed(shard, record)]
-        outcomes = self._pool.map(self._jobs(failed))
-        for shard, record in found:
-            clips = _failed(shard, record)
-            again = list(islice(outcomes, len(clips)))
-            reasons = [outcome.reason for outcome in again if isinstance(outcome, Failed)]
-            if len(reasons) < len(clips):
-                continue
-            unusable = [self._naming.unusable(clip, why) for clip, why in zip(clips, reasons, strict=True)]
-            self._records[shard.file] = replace(record, unusable=tuple(unusable))
-            if clips:
-                write_record(self._folder, shard, self._records[shard.file])
-        console.say(f"resuming: {len(self._records)} of {len(self._shards)} shards are finished")
-        self._refuse_too_many_bad()
-
-    def _make(self, shards: Sequence[PlannedShard]) -> None:
-        clips = [clip for shard in shards for clip in shard.clips]
-        outcomes = self._pool.map(self._jobs(clips))
-        with console.progress("shard", len(clips)) as advance:
-            for shard in shards:
-                own = _counted(islice(outcomes, len(shard.clips)), advance)
-                self._records[shard.file] = write_shard(self._folder, shard, own, self._naming)
-                self._refuse_too_many_bad()
-
-    def _refuse_too_many_bad(self) -> None:
-        bad = [clip for record in self._records.values() for clip in record.unusable]
-        _refuse_too_many_bad(bad, self._total, self._effort.max_bad)
-
-    def _jobs(self, clips: Iterable[Clip]) -> Iterator[Job]:
-        for clip in clips:
-            scratch = self._scratch / str(next(self._numbers))
-            limit_s = self._effort.limit_s + self._sizes[clip.video] / _SLOWEST_BYTES_PER_S
-            yield Job(clip, self._writing.encoding, self._writing.full_check, scratch, limit_s)
-
-
-def _failed(shard: PlannedShard, record: ShardRecord) -> list[Clip]:
-    keys = {clip.key for clip in record.unusable}
-    return [clip for clip in shard.clips if clip.key in keys]
-
-
-def _counted(outcomes: Iterable[Outcome], advance: Callable[..., None]) -> Iterator[Outcome]:
-    for outcome in outcomes:
-        yield outcome
-        advance()
-
-
-def _refuse_too_many_bad(bad: Sequence[Unusable], total: int, max_bad: float) -> None:
-    """Raises MdlError when more than the share `max_bad` of all clips cannot be used."""
-    if len(bad) <= max_bad * total and len(bad) < total:
-        return
-    reasons = "".join(f"\n    {clip.video}: {clip.reason}" for clip in bad[:_REASONS_SHOWN])
-    more = f"\n    and {len(bad) - _REASONS_SHOWN} more" if len(bad) > _REASONS_SHOWN else ""
-    share = math.ceil(1000 * len(bad) / total) / 10
-    raise MdlError(
-        f"{len(bad)} of {total} clips cannot be used, more than --max-bad {100 * max_bad:g}%:{reasons}{more}",
-        None,
-        f"repair the files, or accept the loss with --max-bad {share:g}%; finished shards are kept until then",
-    )
-
-
-def _remove_strays(folder: Path, expected: set[str]) -> None:
-    """Delete what interrupted runs and other plans left in a draft."""
-    for name in _own_names(folder) - expected:
-        path = folder / name
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink()
-
-
-def _own_names(folder: Path) -> set[str]:
-    """What may not be in the artifact unless expected; a kill may leave any file half-written, as .tmp."""
-    names = {path.name for path in folder.iterdir()}
-    return {name for name in names if name.startswith((SHARD_PREFIX, _SCRATCH)) or name.endswith(".tmp")}
 
 
 def _write_part(folder: Path, part: tuple[int, int], planned: Sequence[PlannedShard]) -> None:
@@ -320,8 +214,10 @@ def _commit(
         "shards": len(shards),
         "bytes": sum(shard["bytes"] for shard in shards),
     }
+    if "streams" in header:
+        summary["streams"] = {name: entry["clips"] for name, entry in header["streams"].items()}
     known = {shard["file"]: (shard["bytes"], shard["sha256"]) for shard in shards}
-    return draft.commit(summary, known=known, drop=_own_names(draft.path) - set(known))
+    return draft.commit(summary, known=known, drop=own_names(draft.path) - set(known))
 
 
 def _lines(rows: Iterable[Row]) -> str:
@@ -337,16 +233,17 @@ def merge(parts: Sequence[Artifact], out: Path | None, work: Path, max_bad: floa
     total = _check_parts(parts)
     indices = [part.load_json(INDEX) for part in parts]
     header = {name: indices[0][name] for name in ("domain", "split", "task", "classes")}
+    header |= _joined_streams(indices)
     request = _undivided(parts[0])
     unusable = [row for part in parts for row in _rows(part, QUARANTINE)]
-    _refuse_too_many_bad([Unusable(**row) for row in unusable], total, max_bad)
+    refuse_too_many_bad([Unusable(**row) for row in unusable], total, max_bad)
     out = out or work / "shards" / f"{header['domain']}-{header['split']}"
     draft = begin(out, kind="shards", stage="shard", inputs=(), request=request, resume="auto")
     if isinstance(draft, Artifact):
         console.say(f"already there and identical: {out}")
         return draft
     try:
-        _remove_strays(draft.path, set())
+        remove_strays(draft.path, set())
         for part, index in zip(parts, indices, strict=True):
             for shard in index["shards"]:
                 _take_over(part.file(shard["file"]), draft.path / shard["file"], shard["sha256"])
@@ -356,6 +253,16 @@ def merge(parts: Sequence[Artifact], out: Path | None, work: Path, max_bad: floa
     except BaseException:
         draft.abandon(keep=True)
         raise
+
+
+def _joined_streams(indices: Sequence[Mapping[str, Any]]) -> Row:
+    """As `_stream_entries`, of all parts together."""
+    entries = {name: dict(entry) for name, entry in indices[0].get("streams", {}).items()}
+    clips = sum(index["clips"] for index in indices)
+    for name, entry in entries.items():
+        entry["clips"] = sum(index["streams"][name]["clips"] for index in indices)
+        _refuse_empty_stream(name, StreamCount(entry["clips"], clips - entry["clips"]))
+    return {"streams": entries} if entries else {}
 
 
 def _check_parts(parts: Sequence[Artifact]) -> int:
