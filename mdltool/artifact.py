@@ -14,7 +14,7 @@ import json
 import os
 import shlex
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -30,6 +30,8 @@ KINDS = ("shards", "backbone", "model", "eval", "export", "report")
 _MANIFEST = "artifact.json"
 _PARTIAL = "partial.json"
 _LOCK = "partial.lock"
+
+Completed = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -255,12 +257,14 @@ def begin(
     inputs: Iterable[Input],
     request: Mapping[str, Any],
     resume: str = "never",
+    completed: Completed = dict,
 ) -> Draft | Artifact:
     """Start building the artifact `out`, or return it when it is already there, complete and identical.
 
     request: plain JSON values that, with the inputs' digests, decide the content. resume: what to do with an
     interrupted build of the same request: "never" starts over, "auto" continues it, "ask" refuses and names
-    --resume, "must" continues and fails where there is nothing to continue.
+    --resume, "must" continues and fails where there is nothing to continue. completed: a stored request of an
+    earlier mdltool -> with the keys that came later, at their defaults; requests are compared so.
     Raises MdlError when `out` holds something else, another request is half done there, or another process works.
     """
     header = {
@@ -270,7 +274,7 @@ def begin(
         "request": json.loads(json.dumps(dict(request))),
     }
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        return _reuse(out, header)
+        return _reuse(out, header, completed)
     partial = partial_path(out)
     held = {path.name for path in partial.iterdir()} if partial.is_dir() else set()
     # The header comes first, by way of a temporary: another process may be writing it at this moment.
@@ -282,14 +286,14 @@ def begin(
     lock = _take_lock(partial)
     resumed = False
     if (partial / _PARTIAL).is_file():
-        resumed = _may_resume(partial, header, resume)
+        resumed = _may_resume(partial, header, resume, completed)
         if not resumed:
             empty_directory(partial, but=_LOCK)
     write_text(partial / _PARTIAL, json.dumps(header, indent=1))
     return Draft(out, lock, header, resumed)
 
 
-def _reuse(out: Path, header: dict[str, Any]) -> Artifact:
+def _reuse(out: Path, header: dict[str, Any], completed: Completed) -> Artifact:
     if not (out / _MANIFEST).is_file():
         raise MdlError("this path holds something else", out, "give another --out, or move it away")
     found = open_artifact(out)
@@ -297,7 +301,7 @@ def _reuse(out: Path, header: dict[str, Any]) -> Artifact:
         (i["role"], i["kind"], i["digest"]) for i in header["inputs"]
     ]
     if found.kind == header["kind"] and found.stage == header["stage"] and same_inputs:
-        differs = differences(found.request, header["request"])
+        differs = differences(completed(found.request), completed(header["request"]))
         if not differs:
             if out.parent.name == found.kind:
                 _point_latest(out)
@@ -308,7 +312,7 @@ def _reuse(out: Path, header: dict[str, Any]) -> Artifact:
     raise MdlError(f"another artifact is already there{detail}", out, "give another --out, or remove it")
 
 
-def _may_resume(partial: Path, header: dict[str, Any], resume: str) -> bool:
+def _may_resume(partial: Path, header: dict[str, Any], resume: str, completed: Completed) -> bool:
     try:
         old = json.loads((partial / _PARTIAL).read_text())
     except ValueError:
@@ -320,7 +324,7 @@ def _may_resume(partial: Path, header: dict[str, Any], resume: str) -> bool:
         inputs = [(i["role"], i["kind"], i["digest"]) for i in h.get("inputs", [])]
         return h.get("stage"), h.get("kind"), inputs
 
-    differing = differences(old.get("request", {}), header["request"])
+    differing = differences(completed(old.get("request", {})), completed(header["request"]))
     if differing or content(old) != content(header):
         differs = ", ".join(differing) or "its inputs"
         raise MdlError(

@@ -2,6 +2,7 @@
 
 A safetensors file. Its tensors are named <site>/<param> and head/<param>, as a model names them after the domain;
 its one metadata entry, `mdltool`, is JSON: schema, kind ("domain"), domain, task, classes, outputs (of the head),
+streams (of the domain, in order; left out where it has none),
 model (what the domain was made for: every field of the model's spec that its parts depend on), backbone and shared
 (digests of what it was trained with), recipe (what the model's recipe says of the domain) and digest (of all).
 It says nothing of the model that it came from, so that a domain that was put into another model and taken out again
@@ -14,7 +15,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,13 @@ from torch import Tensor, nn
 from mdltool.errors import MdlError
 from mdltool.files import digest_of
 from mdltool.model_spec import ModelSpec, spec_with_defaults
+from mdltool.types import StreamSpec
 
 SCHEMA = 1
 KIND = "domain"
 _KEY = "mdltool"
 # Of a spec: what decides nothing of one domain's tensors or of what they compute at inference.
-_FREE = ("domains", "dropout", "head_init", "head_std", "logit_dropout", "normalize")
+_FREE = ("domains", "dropout", "head_init", "head_std", "logit_dropout", "normalize", "streams")
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class DomainPack:
     recipe: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
     where: object = None
+    streams: Mapping[str, StreamSpec] = field(default_factory=dict)
 
     @property
     def normalize(self) -> dict[str, list[float]] | None:
@@ -61,6 +64,7 @@ class DomainPack:
 
     def header(self) -> dict[str, Any]:
         """The file's metadata but for the digest of its content."""
+        streams = {"streams": [[name, asdict(spec)] for name, spec in self.streams.items()]}
         return {
             "schema": SCHEMA,
             "kind": KIND,
@@ -72,7 +76,7 @@ class DomainPack:
             "backbone": self.backbone,
             "shared": self.shared,
             "recipe": self.recipe,
-        }
+        } | (streams if self.streams else {})
 
     def digest(self) -> str:
         """sha256 (hex) of tensors and metadata."""
@@ -87,7 +91,7 @@ class DomainPack:
 
     def check(self, model: Mapping[str, Any], backbone: str, shared: str) -> None:
         """Raise MdlError unless the domain was made for such a model."""
-        differing = _differing(dict(self.model), dict(model))
+        differing = _differing(_completed(self.model), dict(model))
         if differing:
             raise MdlError(
                 f"the domain '{self.domain}' was made for another model ({'; '.join(differing[:3])})",
@@ -112,6 +116,14 @@ def model_form(spec: ModelSpec) -> dict[str, Any]:
         del form["head_hidden"]
     plain: dict[str, Any] = json.loads(json.dumps({key: form[key] for key in form if key not in _FREE}))
     return plain
+
+
+def _completed(form: Mapping[str, Any]) -> dict[str, Any]:
+    """A form of an earlier mdltool with the options that came later, at their defaults."""
+    try:
+        return model_form(ModelSpec.from_json({"domains": {}, **form}))
+    except (MdlError, TypeError, KeyError):  # of a later mdltool: the comparison says what differs
+        return dict(form)
 
 
 def _differing(there: Any, here: Any, at: str = "") -> list[str]:
@@ -164,6 +176,7 @@ def read_pack(path: str | Path, verify: bool = False) -> DomainPack:
             recipe=dict(header["recipe"]),
             tensors=tensors,
             where=path,
+            streams={name: StreamSpec.from_json(entry) for name, entry in header.get("streams", [])},
         )
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise MdlError(f"this file of a domain cannot be read ({error!r})", path, "split it again") from None

@@ -6,6 +6,7 @@ Shape suffixes: B batch, C channels, T frames, H height, W width, P pooled posit
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,15 +18,17 @@ from torch import Tensor, nn
 from mdltool.adapters.base import AdaptedSite, attach
 from mdltool.adapters.domain_norm import BATCH_NORMS as BATCH_NORM_LAYERS
 from mdltool.adapters.domain_norm import DomainBatchNorm, attach_domain_norms
+from mdltool.adapters.streams import StreamEmbedders, Streams, reordered
 from mdltool.backbones.base import Backbone
 from mdltool.convolution import pad_short_inputs
+from mdltool.counting import parameter_counts
 from mdltool.domain_pack import DomainPack, content_digest, model_form, with_tensors
 from mdltool.errors import MdlError
 from mdltool.heads import MlpHead
-from mdltool.model_spec import REGIMES, ModelSpec, build_backbone, method_of, sites_of
+from mdltool.model_spec import REGIMES, ModelSpec, build_backbone, check_streams, method_of, sites_of
 from mdltool.recompute import recompute
 from mdltool.registry import did_you_mean
-from mdltool.wrapping import DomainWrapper, library_modules, library_tensors
+from mdltool.wrapping import PerDomain, library_modules, library_tensors
 
 _DOMAIN_NORMS = ("per_domain_stats", "per_domain", "recalibrate")
 
@@ -44,7 +47,9 @@ class MultiDomainModel(nn.Module):
         self.sites: dict[str, AdaptedSite] = {}
         self._eval_modules: list[nn.Module] = []
         self._digests: tuple[Any, dict[str, str]] | None = None
-        self._empty: dict[str, nn.Module] = {}
+        self._empty: dict[str, dict[str, nn.Module]] = {}
+        self.types: dict[str, str] = {}
+        check_streams(spec.streams)
         parts = [(entry, *method_of(entry)) for entry in spec.adapters]
         sites = sites_of(backbone, parts)
         if spec.bn in _DOMAIN_NORMS:
@@ -52,11 +57,15 @@ class MultiDomainModel(nn.Module):
             self.norms = attach_domain_norms(backbone.net, spec.domains, affine, self.route)
         backbone.open_blocks(site.block for chosen in sites for site in chosen if site.block is not None)
         for (entry, method, options), chosen in zip(parts, sites, strict=True):
-            for name, wrapper in attach(backbone.net, chosen, spec.domains, method, options, self.route).items():
+            attached = attach(backbone.net, chosen, spec.domains, method, options, self.route, spec.streams)
+            for name, wrapper in attached.items():
                 # State is stored by site; a second adapter at a site adds its type.
                 name = name if name not in self.sites else f"{name}+{entry.type}"
-                self.sites[name] = wrapper
+                self.sites[name], self.types[name] = wrapper, entry.type
                 wrapper.factor(spec.factors.get(name, {}))
+        dropout = max((getattr(options, "stream_dropout", 0.0) for _, _, options in parts), default=0.0)
+        self.embedders = StreamEmbedders(spec.domains, spec.streams, spec.sharing, dropout)
+        self.mute(spec.mute)
         pad_short_inputs(self)
         # A head of two layers has its dropout between them.
         self.dropout = nn.Dropout(spec.dropout if spec.head == "linear" else 0.0)
@@ -67,8 +76,10 @@ class MultiDomainModel(nn.Module):
         self.mean: Tensor
         self.std: Tensor
 
-    def forward(self, frames_BCTHW: Tensor, domain: str | Sequence[str]) -> Tensor | list[Tensor]:
-        """Logits of clips: uint8 frames, or floats that are normalised already.
+    def forward(
+        self, frames_BCTHW: Tensor, domain: str | Sequence[str], streams: Streams | None = None
+    ) -> Tensor | list[Tensor]:
+        """Logits of clips: uint8 frames, or floats that are normalised already. streams: of the clips, by name.
 
         domain: that of all clips, and the logits are [B, N]; or each clip's, and they are a list of B tensors [N]
         in the clips' order, N by domain. Clips of several domains share one pass through the backbone; that is for
@@ -78,10 +89,10 @@ class MultiDomainModel(nn.Module):
             if name not in self.heads:
                 raise MdlError(f"the model has no domain '{name}'", "domain", did_you_mean(name, self.spec.domains))
         if isinstance(domain, str):
-            return self.logits(self.features(frames_BCTHW, domain), domain)
-        return self._mixed(frames_BCTHW, domain)
+            return self.logits(self.features(frames_BCTHW, domain, streams), domain)
+        return self._mixed(frames_BCTHW, domain, streams)
 
-    def _mixed(self, frames_BCTHW: Tensor, domains: Sequence[str]) -> list[Tensor]:
+    def _mixed(self, frames_BCTHW: Tensor, domains: Sequence[str], streams: Streams | None) -> list[Tensor]:
         """Each clip's logits [N]. The batch is sorted by domain meanwhile, so that a domain's rows are adjacent."""
         if len(domains) != len(frames_BCTHW):
             what = f"{len(frames_BCTHW)} clips and {len(domains)} domains"
@@ -96,18 +107,23 @@ class MultiDomainModel(nn.Module):
         else:
             self.route.serve(None, tuple(counts.items()))
         order = [i for domain in counts for i, name in enumerate(domains) if name == domain]
-        features_BPF = self._run(frames_BCTHW if order == sorted(order) else frames_BCTHW[order], counts.items())
+        if order != sorted(order):
+            frames_BCTHW, streams = frames_BCTHW[order], reordered(streams, order)
+        features_BPF = self._run(frames_BCTHW, counts.items(), streams)
         parts = zip(counts, features_BPF.split(list(counts.values())), strict=True)
         logits = [row for domain, part_BPF in parts for row in self.logits(part_BPF, domain)]
         return [row for _, row in sorted(zip(order, logits, strict=True), key=lambda entry: entry[0])]
 
-    def features(self, frames_BCTHW: Tensor, domain: str | None) -> Tensor:
+    def features(self, frames_BCTHW: Tensor, domain: str | None, streams: Streams | None = None) -> Tensor:
         """[B, P, F] of clips; domain None: of several domains, for a model that all of it is shared by."""
         self.route.serve(domain)
-        return self._run(frames_BCTHW, [(domain, len(frames_BCTHW))])
+        return self._run(frames_BCTHW, [(domain, len(frames_BCTHW))], streams)
 
-    def _run(self, frames_BCTHW: Tensor, counts: Iterable[tuple[str | None, int]]) -> Tensor:
+    def _run(
+        self, frames_BCTHW: Tensor, counts: Iterable[tuple[str | None, int]], streams: Streams | None
+    ) -> Tensor:
         """[B, P, F] of clips of what the route says. counts: (domain, its clips, which are adjacent)."""
+        self.route.streams = self.embedders.routed(streams, counts, self.mean.dtype)
         if frames_BCTHW.dtype == torch.uint8:
             mean, std = self._pixel_statistics(list(counts))
             frames_BCTHW = (frames_BCTHW.to(mean.dtype) / 255 - mean) / std
@@ -149,8 +165,25 @@ class MultiDomainModel(nn.Module):
         """Keep the inputs alone of the backbone's stages or blocks, and run them again in the backward pass."""
         recompute(self.backbone.net, self.backbone.block_paths(), self.route)
 
+    def mute(self, types: Iterable[str]) -> None:
+        """Leave the adapters of these types out of the output, and no others; a bottleneck that another adapter
+        reads is still computed (spec cm3t 2.8, full_caa).
+        """
+        for name, wrapper in self.sites.items():
+            wrapper.muted = self.types[name] in types
+
+    def constrain(self) -> None:
+        """Put parameters back into their range, after an update of the training."""
+        for wrapper in self.sites.values():
+            wrapper.constrain()
+
     def apply_regime(
-        self, regime: str, bn: str | None = None, only: str | None = None, shared_factors: bool = False
+        self,
+        regime: str,
+        bn: str | None = None,
+        only: str | None = None,
+        shared_factors: bool = False,
+        adapters: Sequence[str] | None = None,
     ) -> None:
         """Set requires_grad and the BatchNorm mode of every part (spec omi_mdl 2.7).
 
@@ -159,7 +192,9 @@ class MultiDomainModel(nn.Module):
         `shared` where the backbone trains and `frozen` elsewhere. `shared` with a frozen backbone is the naive
         freeze, whose statistics keep moving. only: of what the regime trains, this domain's parts alone; what is
         shared and other domains stay as they are. shared_factors: of a compressed model, train the factors that
-        domains share with the adapters (spec residual_adapters 2.6: they are frozen).
+        domains share with the adapters (spec residual_adapters 2.6: they are frozen). adapters: types; these train
+        in every regime and no others do, while None leaves it to the regime. Streams that nothing trains for and
+        nothing uses yet are passed over.
         """
         if regime not in REGIMES:
             raise MdlError(f"there is no regime '{regime}'", "train.steps.regime", did_you_mean(regime, REGIMES))
@@ -168,11 +203,15 @@ class MultiDomainModel(nn.Module):
         bn = bn or ("shared" if trains_backbone else "frozen")
         for parameter in self.backbone.parameters():
             parameter.requires_grad_(trains_backbone)
-        for wrapper in self.sites.values():
-            for module in (wrapper.adapters, wrapper.shared):
+        trained = {n: trains_adapters if adapters is None else kind in adapters for n, kind in self.types.items()}
+        for name, wrapper in self.sites.items():
+            for module in (wrapper.adapters, wrapper.shared, wrapper.common):
                 if module is not None:
-                    module.requires_grad_(trains_adapters)
-            wrapper.factors.requires_grad_(trains_adapters and shared_factors)
+                    module.requires_grad_(trained[name])
+            wrapper.factors.requires_grad_(trained[name] and shared_factors)
+        reads = any(trained[name] for name, wrapper in self.sites.items() if wrapper.reads_streams)
+        self.embedders.requires_grad_(reads)
+        self.embedders.idle = not reads and all(w.is_zero for w in self.sites.values() if w.reads_streams)
         for norm in self.norms.values():
             norm.statistics.requires_grad_(trains_backbone or trains_adapters)
             norm.use_shared = bn == "recalibrate"
@@ -188,8 +227,11 @@ class MultiDomainModel(nn.Module):
         if not trains_backbone:  # no dropout and no stochastic depth in what is frozen; its wrappers train
             own = {id(norm) for norm in norms}
             self._eval_modules += [m for _, m in library_modules(self.backbone.net) if id(m) not in own]
-        if not trains_adapters:
-            self._eval_modules += [m for wrapper in self.sites.values() for m in wrapper.adapters.modules()]
+        for name, wrapper in self.sites.items():
+            if not trained[name]:
+                self._eval_modules += wrapper.adapters.modules()
+        if not reads:
+            self._eval_modules += self.embedders.modules()
 
     def backbone_parameters(self) -> list[nn.Parameter]:
         """The parameters of the library's network itself."""
@@ -222,9 +264,11 @@ class MultiDomainModel(nn.Module):
         for site, wrapper in self.sites.items():
             if wrapper.shared is not None:
                 named |= {f"shared/{site}/{key}": value for key, value in _state(wrapper.shared)}
+            if wrapper.common is not None:
+                named |= {f"shared/{site}/{key}": value for key, value in _state(wrapper.common)}
             factors = wrapper.shared_factors()
             named |= {f"shared/{site}/factors.{parameter}": value for parameter, value in factors.items()}
-        return named
+        return named | self.embedders.shared_tensors()
 
     def digests(self) -> dict[str, str]:
         """What the backbone's tensors and the shared ones hash to: {"backbone", "shared"}.
@@ -249,22 +293,31 @@ class MultiDomainModel(nn.Module):
         if domain in self.spec.domains:
             raise MdlError(f"the model has a domain '{domain}' already", pack.where, "give it another name")
         pack.check(model_form(self.spec), **self.digests())
+        if domain != pack.domain and {domain, pack.domain} & set(self.spec.sharing):
+            what = f"'{pack.domain}' shares its cross-attention by its name, so that it cannot be '{domain}' here"
+            raise MdlError(what, pack.where, "keep its name")
         normalize = {**self.spec.normalize, **({domain: pack.normalize} if pack.normalize else {})}
-        parts = with_tensors(self._shells(pack.outputs), pack, self.mean.device)
+        streams = {**self.spec.streams, **({domain: dict(pack.streams)} if pack.streams else {})}
+        check_streams(streams)
+        parts = with_tensors(self._shells(domain, pack), pack, self.mean.device)
         self.heads[domain] = parts["head"].train(self.training)
         for name, wrapper in self._wrappers():
             wrapper.domain_modules[domain] = parts[name].train(self.training)
+        self.embedders.specs[domain] = dict(pack.streams)
         domains = {**self.spec.domains, domain: pack.outputs}
-        self.spec = dataclasses.replace(self.spec, domains=domains, normalize=normalize)
+        self.spec = dataclasses.replace(self.spec, domains=domains, normalize=normalize, streams=streams)
 
-    def _shells(self, outputs: int) -> dict[str, nn.Module]:
+    def _shells(self, domain: str, pack: DomainPack) -> dict[str, nn.Module]:
         """What one more domain is made of, without storage, and so without initial values; kept for the next."""
+        shape = json.dumps([domain in self.spec.sharing, list(map(dataclasses.asdict, pack.streams.values()))])
+        shape += json.dumps(list(pack.streams))
         with torch.device("meta"):
-            if not self._empty:
-                self._empty = {name: wrapper.fresh() for name, wrapper in self._wrappers()}
-                for module in self._empty.values():
+            if shape not in self._empty:
+                parts = {name: wrapper.fresh(domain, pack.streams) for name, wrapper in self._wrappers()}
+                for module in parts.values():
                     pad_short_inputs(module)
-            return {**self._empty, "head": _head(self.spec, self.backbone.feature_dim, outputs)}
+                self._empty[shape] = parts
+            return {**self._empty[shape], "head": _head(self.spec, self.backbone.feature_dim, pack.outputs)}
 
     def unmount(self, domain: str) -> None:
         """Forget a domain. Raises MdlError for one that the model has not."""
@@ -274,9 +327,7 @@ class MultiDomainModel(nn.Module):
             )
         for modules in (self.heads, *(wrapper.domain_modules for _, wrapper in self._wrappers())):
             del modules[domain]
-        kept = {name: outputs for name, outputs in self.spec.domains.items() if name != domain}
-        normalize = {name: values for name, values in self.spec.normalize.items() if name != domain}
-        self.spec = dataclasses.replace(self.spec, domains=kept, normalize=normalize)
+        self.spec = self.spec.of(name for name in self.spec.domains if name != domain)
 
     def load_tensors(self, state: Mapping[str, Tensor], where: object, with_backbone: bool = True) -> None:
         """Copy stored tensors in. Raises MdlError for missing, unknown and misshapen ones."""
@@ -289,43 +340,16 @@ class MultiDomainModel(nn.Module):
         with torch.no_grad():
             for key, tensor in own.items():
                 tensor.copy_(state[key])
+        self.embedders.idle = False
 
-    def _wrappers(self) -> Iterator[tuple[str, DomainWrapper]]:
+    def _wrappers(self) -> Iterator[tuple[str, PerDomain]]:
         yield from self.sites.items()
         yield from self.norms.items()
+        yield "streams", self.embedders
 
     def parameter_counts(self) -> dict[str, Any]:
-        """Parameters by part (design, section 6): integers; total = backbone + heads + adapters, norms apart.
-
-        With `bn: per_domain` every domain owns a copy of the BatchNorms' weights; one of the copies stands for the
-        backbone's own, so D - 1 of them are counted as adapters (spec omi_mdl 6.4). Factors that domains share
-        are counted once, in `adapters` and again by themselves.
-        """
-        per_domain = {}
-        for domain in self.spec.domains:
-            owned = [w.domain_modules[domain] for _, w in self._wrappers()]
-            per_domain[domain] = {"adapters": count(owned), "head": count([self.heads[domain]])}
-        adapters = sum(entry["adapters"] for entry in per_domain.values())
-        if self.spec.bn == "per_domain":
-            adapters -= count([norm.inner for norm in self.norms.values()])
-        factors = count([wrapper.factors for wrapper in self.sites.values()])
-        adapters += factors
-        heads = sum(entry["head"] for entry in per_domain.values())
-        backbone = sum(parameter.numel() for parameter in self.backbone_parameters())
-        shared = [wrapper.shared for wrapper in self.sites.values() if wrapper.shared is not None]
-        return {
-            "total": backbone + heads + adapters,
-            "backbone": backbone,
-            "heads": heads,
-            "adapters": adapters,
-            "shared_factors": factors,
-            "norms": count(shared),
-            "streams": 0,
-            "projection": self.backbone.projection_parameters,
-            "training_only": 0,
-            "trainable": sum(p.numel() for p in self.parameters() if p.requires_grad),
-            "per_domain": per_domain,
-        }
+        """See counting.parameter_counts."""
+        return parameter_counts(self)
 
 
 def _check_name(domain: str) -> None:
@@ -365,11 +389,6 @@ def reuse_classifier(model: MultiDomainModel, classes: Mapping[str, list[str]], 
             head.load_state_dict(tensors)
             reused.append(domain)
     return reused
-
-
-def count(modules: Iterable[nn.Module]) -> int:
-    """Parameters of modules."""
-    return sum(p.numel() for module in modules for p in module.parameters())
 
 
 def _state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -12,11 +12,12 @@ from torch import nn
 
 from mdltool.adapters import ADAPTERS
 from mdltool.adapters.base import AdapterOptions, AnyAdapter
+from mdltool.adapters.embedders import check_embedder
 from mdltool.adapters.factored import FactorSpec
 from mdltool.backbones import BACKBONES
 from mdltool.backbones.base import Backbone, some
 from mdltool.errors import MdlError
-from mdltool.types import Place, Site
+from mdltool.types import Place, Site, StreamSpec
 from mdltool.wrapping import find
 from mdltool.wrapping import replace as put
 
@@ -60,7 +61,8 @@ class ModelSpec:
     domains: name -> number of head outputs. bn: how the backbone's BatchNorms treat domains. fused: of a fused
     model, which has one domain and no adapters. factors: site -> parameter of its adapters -> how a compressed
     model stores it; dense where there is nothing. normalize: of domains whose pixels are not normalised as the
-    backbone's, {"mean": [3], "std": [3]} of values 0..1.
+    backbone's, {"mean": [3], "std": [3]} of values 0..1. streams: domain -> stream -> what it is, in the order in
+    which they were added; only of domains that have any. mute: types of adapters that stay out of the output.
     """
 
     backbone: str
@@ -79,16 +81,27 @@ class ModelSpec:
     fused: FusedSpec | None = None
     factors: dict[str, dict[str, FactorSpec]] = field(default_factory=dict)
     normalize: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    streams: dict[str, dict[str, StreamSpec]] = field(default_factory=dict)
+    mute: list[str] = field(default_factory=list)
 
     def of(self, domains: Iterable[str]) -> ModelSpec:
-        """The spec of some of the domains alone."""
+        """The spec of some of the domains alone, and of streams that weights are for which domains share."""
         domains = list(domains)
         kept = {name: self.domains[name] for name in domains}
         normalize = {name: values for name, values in self.normalize.items() if name in kept}
-        return replace(self, domains=kept, normalize=normalize)
+        with_streams = {*kept, *self.sharing}
+        streams = {name: entries for name, entries in self.streams.items() if name in with_streams}
+        return replace(self, domains=kept, normalize=normalize, streams=streams)
+
+    @property
+    def sharing(self) -> list[str]:
+        """Domains that hold their cross-attention together, those too that the model has no more."""
+        return [name for entry in self.adapters for name in entry.options.get("share", [])]
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Without streams and mute where there are none: such a model is what it was before these were known."""
+        later = ("streams", "mute")
+        return {key: value for key, value in asdict(self).items() if value or key not in later}
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> ModelSpec:
@@ -98,7 +111,12 @@ class ModelSpec:
             site: {name: FactorSpec.from_json(entry) for name, entry in entries.items()}
             for site, entries in value.get("factors", {}).items()
         }
-        return ModelSpec(**{**value, "adapters": adapters, "fused": fused, "factors": factors})
+        streams = {
+            domain: {name: StreamSpec.from_json(entry) for name, entry in entries.items()}
+            for domain, entries in value.get("streams", {}).items()
+        }
+        plain = {**value, "adapters": adapters, "fused": fused, "factors": factors, "streams": streams}
+        return ModelSpec(**plain)
 
 
 def method_of(entry: AdapterSpec) -> tuple[type[AnyAdapter], AdapterOptions]:
@@ -124,8 +142,28 @@ def build_backbone(spec: ModelSpec) -> Backbone:
     return backbone
 
 
+def check_streams(streams: Mapping[str, Mapping[str, StreamSpec]]) -> None:
+    """Raise MdlError for a stream that differs between two domains, and for an embedder that does not fit."""
+    first: dict[str, tuple[str, StreamSpec]] = {}
+    for domain, entries in streams.items():
+        for name, spec in entries.items():
+            if hasattr(nn.ModuleDict, name) or name == "training":
+                raise MdlError(f"a stream cannot be called '{name}'", "streams", f"call it {name}_1")
+            check_embedder(name, spec)
+            other, known = first.setdefault(name, (domain, spec))
+            for key in ("kind", "width", "input"):
+                if getattr(known, key) != getattr(spec, key):
+                    raise MdlError(
+                        f"the stream '{name}' has {key} {getattr(known, key)} in the domain {other} and "
+                        f"{getattr(spec, key)} in {domain}",
+                        f"streams.{name}.{key}",
+                        "give one of the two another name",
+                    )
+
+
 def check_adapters(spec: ModelSpec) -> None:
     """Raise MdlError for an adapter that the backbone has no site for; builds no weights."""
+    check_streams(spec.streams)
     with torch.device("meta"):
         declared = build_backbone(spec).places()
     for entry in spec.adapters:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mdltool.adapters.factored import value, weight_of
+from mdltool.adapters.factored import has_weight, value, weight_of
 from mdltool.artifact import Artifact, latest, open_artifact
 from mdltool.backbones.base import Backbone
 from mdltool.compress.factoring import fit_factors
@@ -26,6 +26,7 @@ from mdltool.files import write_text
 from mdltool.model import MultiDomainModel, build_model
 from mdltool.model_spec import ModelSpec, build_backbone
 from mdltool.train.checkpoint import save_tensors
+from mdltool.types import StreamSpec
 
 # which weights -> without what a model has none of them
 WEIGHTS = {"last": "", "best": "validation", "ema": "train.ema"}
@@ -110,13 +111,15 @@ def extended(
     outputs: int,
     start_from: str | None = None,
     normalize: Mapping[str, dict[str, list[float]]] | None = None,
+    streams: Mapping[str, StreamSpec] | None = None,
 ) -> MultiDomainModel:
     """The model with one more domain; every old tensor is the same. start_from: the domain whose adapters and
     BatchNorm statistics the new one's begin as, instead of fresh ones and the backbone's own. normalize: of the new
-    domain, as ModelSpec has it.
+    domain, as ModelSpec has it. streams: of the new domain.
     """
     domains, own_pixels = {**model.spec.domains, domain: outputs}, {**model.spec.normalize, **(normalize or {})}
-    spec = replace(model.spec, domains=domains, normalize=own_pixels)
+    with_streams = {**model.spec.streams, **({domain: dict(streams)} if streams else {})}
+    spec = replace(model.spec, domains=domains, normalize=own_pixels, streams=with_streams)
     larger = build_model(spec)
     old, own = model.tensors(), larger.tensors()
     with torch.no_grad():
@@ -134,9 +137,10 @@ def extended(
 def _begin_factors(model: MultiDomainModel, domain: str) -> None:
     """A new domain's private factors are what the shared ones hold of fresh adapters."""
     for site, entries in model.spec.factors.items():
-        dense = model.sites[site].build()
+        dense = model.sites[site].build(domain, model.spec.streams.get(domain, {}))
         for name in entries:
-            fit_factors(model.sites[site].adapters[domain], name, value(weight_of(dense, name)))
+            if has_weight(dense, name):
+                fit_factors(model.sites[site].adapters[domain], name, value(weight_of(dense, name)))
 
 
 def reduced(model: MultiDomainModel, domain: str) -> MultiDomainModel:

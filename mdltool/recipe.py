@@ -17,6 +17,7 @@ from mdltool.adapters import ADAPTERS
 from mdltool.backbones import BACKBONES
 from mdltool.errors import MdlError
 from mdltool.overrides import apply_override
+from mdltool.recipe_streams import stream_faults
 from mdltool.registry import Table, did_you_mean, nearest
 from mdltool.schema import Recipe
 
@@ -25,6 +26,9 @@ _RESERVED = ("backbone", "shared", "head")
 PUBLISHED = "published"  # the folder beside the families that holds the papers' printed tables, no recipes
 
 ALIASES = {
+    "cm3t_ek100": "cm3t_ek100_swinb",
+    "cm3t_mpiigi": "cm3t_mpiigi_swinb",
+    "cm3t_udiva": "cm3t_udiva_swinb",
     "omi_x3dm_all": "omi_x3dm_2plus1d_all",
     "mst_clip_b16_k400": "mst_k400_b16_8",
     "residual_decathlon": "residual_parallel",
@@ -192,7 +196,7 @@ def _cross_faults(recipe: Recipe) -> list[str]:
         faults.append("train.steps: regime 'adapters' without adapters trains nothing")
     if recipe.heads.type == "mlp" and recipe.heads.reuse_pretrained:
         faults.append("heads.reuse_pretrained: a pretrained classifier is one layer, which type: mlp does not take")
-    return faults + _training_faults(recipe) + _norm_faults(recipe)
+    return faults + _training_faults(recipe) + _norm_faults(recipe) + stream_faults(recipe)
 
 
 def _domain_faults(recipe: Recipe) -> list[str]:

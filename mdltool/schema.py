@@ -33,7 +33,8 @@ class Published(Part):
     """What the paper prints for this row: top1 per domain in percent, other metrics in scores.
 
     parameters_m: millions as printed, with `digits` decimals. sums: of which parts of ours a printed cell is the
-    sum, where that is not the cell's own name. percent: a printed share of `denominator` parameters. gflops: of
+    sum, where that is not the cell's own name; `denominator` and, of one type's adapters, its name are parts too.
+    percent: a printed share of `denominator` parameters. gflops: of
     gflops_views views together. corrected: cells that are proven wrong in print, with what they must be. notes:
     why, and what cannot be derived.
     """
@@ -76,6 +77,7 @@ class DomainPart(Part):
     crop: of this domain, where they are not those of `data.sampling`, `data.augment.flip`, `views.grid` and
     `data.crop`. short_side: of this domain's frames, in training and in every test. augment: `none` trains on the
     centre crop of the test protocol, without flips and all else. normalize: where it is not the backbone's.
+    streams: which of the recipe's its clips may have; null: all.
     """
 
     task: str = "single_label"
@@ -89,6 +91,23 @@ class DomainPart(Part):
     short_side: Positive | None = None
     augment: Literal["recipe", "none"] = "recipe"
     normalize: NormalizePart | None = None
+    streams: list[str] | None = None
+
+
+class StreamPart(Part):
+    """A stream of embeddings beside the frames, for the adapter `caa`. width: of what the adapter sees. input: of
+    the stored array, where it is another. embedder: the trained map from input to width. layers: the blocks that
+    read it, where these are fewer than the adapter's. extractor: what makes the array, frozen.
+    """
+
+    kind: Literal["audio", "flow", "text"]
+    width: Positive = 512
+    input: Positive | None = None
+    embedder: str = "none"
+    embedder_options: dict[str, Any] = {}
+    layers: str | None = None
+    extractor: str | None = None
+    extractor_options: dict[str, Any] = {}
 
 
 class AdapterPart(OpenPart):
@@ -179,9 +198,14 @@ class Schedule(Part):
 
 
 class Step(Part):
-    """updates or epochs; an epoch is as many updates as the domain with the most of them needs to be seen once."""
+    """updates or epochs; an epoch is as many updates as the domain with the most of them needs to be seen once.
+    adapters: the types that train in this step, whatever the regime; null: as the regime says. mute: types that
+    stay out of the output; the last step's are the model's.
+    """
 
     regime: Literal["frozen", "joint", "heads", "full", "adapters"]
+    adapters: list[str] | None = None
+    mute: list[str] = []
     updates: Positive | None = None
     epochs: Positive | None = None
     optimizer: Optimizer
@@ -367,6 +391,7 @@ class Recipe(Part):
     published: Published | None = None
     backbone: BackbonePart
     domains: Annotated[dict[str, DomainPart], Field(min_length=1)]
+    streams: dict[str, StreamPart] = {}
     adapters: list[AdapterPart] = []
     heads: Heads = Heads()
     losses: Losses = Losses()
@@ -378,6 +403,11 @@ class Recipe(Part):
     def batch_of(self, domain: str) -> int:
         """Clips of one domain in one batch step."""
         return self.data.batch if isinstance(self.data.batch, int) else self.data.batch[domain]
+
+    def streams_of(self, domain: str) -> list[str]:
+        """The streams that one domain's clips may have, in the recipe's order."""
+        own = self.domains[domain].streams
+        return [name for name in self.streams if own is None or name in own]
 
     def crop_of(self, domain: str) -> int:
         """Pixels of a side of one domain's crops."""

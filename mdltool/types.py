@@ -76,7 +76,7 @@ class Place:
 
     path: dotted module path in the library's network, or in an opened block. kind: stage, block, attention, mlp,
     conv, linear. role: which of a block's places, e.g. "mid". layer: the block or stage, from 1. block: path of the
-    block that has to be opened for it; None: none.
+    block that has to be opened for it; None: none. stage: of a pyramid of blocks, from 1; 0 of other networks.
     """
 
     path: str
@@ -84,6 +84,7 @@ class Place:
     role: str = ""
     layer: int = 0
     block: str | None = None
+    stage: int = 0
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,28 @@ class ModuleShape:
     stride: tuple[int, ...] = ()
     groups: int = 1
     parts: int = 1
+
+
+@dataclass(frozen=True)
+class StreamSpec:
+    """A named sequence of embeddings that a domain's clips may have beside their frames.
+
+    kind: audio, flow, text. width: of what the cross-attention sees. input: of the stored array. embedder: the
+    trained map from input to width, with its options. late: added to a finished model. layers: the blocks that read
+    it, as an adapter's option says them; None: all that read streams.
+    """
+
+    kind: str
+    width: int
+    input: int
+    embedder: str = "none"
+    embedder_options: dict[str, Any] = field(default_factory=dict)
+    late: bool = False
+    layers: str | None = None
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> StreamSpec:
+        return StreamSpec(**value)
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,14 @@ suffixes: B batch, T time slices, H height, W width, N tokens, C channels.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from mdltool.types import StreamSpec, StreamTokens
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,15 @@ class Route:
     """Which domain the wrappers of one model serve now, and its tokens' grid; set during every forward.
 
     segments: of a batch of several domains, each one's (domain, clips) in the batch's order; `domain` is None then.
+    streams: domain -> stream -> what of it the domain's clips have, embedded; without domains and streams that no
+    clip has.
     """
 
     def __init__(self, domain: str | None = None) -> None:
         self.domain = domain
         self.segments: tuple[tuple[str, int], ...] = ()
         self.tokens: TokenGrid | None = None
+        self.streams: Mapping[str, Mapping[str, StreamTokens]] = {}
 
     def serve(self, domain: str | None, segments: Sequence[tuple[str, int]] = ()) -> None:
         """The forward that begins is of one domain, or of several in segments."""
@@ -100,12 +105,8 @@ class Wrapper(nn.Module, ABC):
         return None
 
 
-class DomainWrapper(Wrapper):
-    """A wrapper that holds a module for each domain."""
-
-    def __init__(self, inner: nn.Module, route: Route) -> None:
-        super().__init__(inner)
-        self.route = route
+class PerDomain(ABC):
+    """A part of a model that holds a module for each domain."""
 
     @property
     @abstractmethod
@@ -113,8 +114,16 @@ class DomainWrapper(Wrapper):
         """What each domain owns here: parameters and buffers."""
 
     @abstractmethod
-    def fresh(self) -> nn.Module:
-        """What one more domain would own here, as training begins with it; it is not added."""
+    def fresh(self, domain: str, streams: Mapping[str, StreamSpec]) -> nn.Module:
+        """What one more domain with such streams would own here, as training begins with it; it is not added."""
+
+
+class DomainWrapper(Wrapper, PerDomain):
+    """A wrapper that holds a module for each domain."""
+
+    def __init__(self, inner: nn.Module, route: Route) -> None:
+        super().__init__(inner)
+        self.route = route
 
 
 def find(net: nn.Module, path: str) -> nn.Module:

@@ -19,6 +19,7 @@ TIERS = (
     (
         "model_spec",
         "domain_pack",
+        "counting",
         "model",
         "model_store",
         "source_adapters",
@@ -28,7 +29,7 @@ TIERS = (
         "data",
         "report",
     ),
-    ("schema", "overrides", "published", "recipe"),
+    ("schema", "overrides", "published", "recipe_streams", "recipe"),
     ("stages",),
     ("cli",),
 )

@@ -287,7 +287,11 @@ def test_what_training_alone_reads_does_not_keep_domains_apart() -> None:
     assert all(model_form(tiny_spec(**changes)) == model_form(spec) for changes in same)
     explicit = tiny_spec(options={"ln": "channel", "kt": 3}, backbone_options={"pool": "adaptive"})
     assert model_form(explicit) == model_form(spec)
-    free = {"domains", "dropout", "head_init", "head_std", "logit_dropout", "head_hidden", "normalize"}
+    free = {"domains", "dropout", "head_init", "head_std", "logit_dropout", "head_hidden", "normalize", "streams"}
+    assert set(model_form(tiny_spec(mute=["mhva"]))) - {"mute"} == set(model_form(spec)), (
+        "named where it says anything"
+    )
+    free |= {"mute"}
     assert set(model_form(spec)) == {field.name for field in dataclasses.fields(ModelSpec)} - free
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from mdltool.counting import by_type
 from mdltool.model import build_model
 from mdltool.model_spec import AdapterSpec, ModelSpec
 from mdltool.recipe import load, shipped
@@ -54,7 +55,16 @@ CM3T_ROWS = {
     **{f"cm3t_{data}_swinb_full": (SWIN, 0) for data in ("udiva", "mpiigi")},
     **{f"cm3t_{data}_clipb_mhva_pt": (B16, MHVA_PT_VIT) for data in ("udiva", "mpiigi")},
     **{f"cm3t_{data}_clipb_stadapter": (B16, ST) for data in ("udiva", "mpiigi")},
+    "cm3t_ek100_swinb": (SWIN, 19_626_800),
+    "cm3t_ek100_swinb_mmca": (SWIN, 19_990_064),
+    "cm3t_ek100_swinb_full_caa": (SWIN, MHVA_PT_SWIN + 8_390_144),
+    "cm3t_ek100_clipb": (B16, 13_540_632),
+    "cm3t_ek100_vivitb": (VIVIT, 13_540_632),
+    **{f"cm3t_{data}_swinb": (SWIN, 25_405_232) for data in ("udiva", "mpiigi")},
+    **{f"cm3t_{data}_swinb_full_caa": (SWIN, MHVA_PT_SWIN + 14_168_576) for data in ("udiva", "mpiigi")},
+    **{f"cm3t_{data}_clipb": (B16, 16_692_504) for data in ("udiva", "mpiigi")},
 }
+TRAINED_WITH_CAA = {"ek100": 96_390_144, "udiva": 102_168_576, "mpiigi": 102_168_576}
 ROWS = _mst_rows() | CM3T_ROWS
 # spec mst_adapter 4 and cm3t 4, per view
 GFLOPS = {
@@ -73,6 +83,9 @@ GFLOPS = {
     "cm3t_ek100_vivitb_full": 451.52,
     "cm3t_ek100_vivitb_mhva_pt": 457.4,
     "cm3t_ek100_vitb_stadapter": 303.2,
+    "cm3t_ek100_swinb": 304.19,
+    "cm3t_ek100_clipb": 147.47,
+    "cm3t_ek100_vivitb": 464.8,
 }
 
 
@@ -110,6 +123,27 @@ def test_gflops_and_every_printed_cell(name: str) -> None:
         entry = found["published"]["gflops"]
         far = abs(entry["difference"]) > 0.01 * entry["printed"]
         assert not far or load(name).published.notes is not None
+
+
+def test_percentages_of_cm3t_are_those_of_print() -> None:
+    """Spec cm3t 1 and 3.2; the printed shares are of 88,000,000."""
+    for name in (name for name in CM3T_ROWS if load(name).published.percent):
+        recipe = load(name)
+        with torch.device("meta"):
+            model = build_model(describe.model_spec(recipe, describe.outputs_of(recipe)))
+        found = describe.published(recipe, model.parameter_counts() | by_type(model), 0.0)
+        assert found["percent"], name
+        for cell in found["percent"].values():
+            assert cell["matches"], (name, cell)
+        if name.endswith("_full_caa"):
+            ours = found["percent"]["trained"]["ours"]
+            assert round(ours * 880_000) == TRAINED_WITH_CAA[name.split("_")[1]]
+
+
+def test_a_stream_costs_what_the_paper_says_a_modality_does() -> None:
+    ek, udiva = counts("cm3t_ek100_swinb")["adapters"], counts("cm3t_udiva_swinb")["adapters"]
+    assert udiva - ek == 5_778_432, "two streams, printed as 5.8M"
+    assert counts("cm3t_ek100_swinb")["streams"] == 0, "512-wide arrays need no embedder"
 
 
 def test_ours_is_summed_as_the_paper_sums_and_else_has_the_heads() -> None:

@@ -11,6 +11,7 @@ ADAPTERS = Table(
         "mhva": "mdltool.adapters.mhva:MhvaAdapter",
         "adaptformer": "mdltool.adapters.mhva:AdaptFormerAdapter",
         "prefix": "mdltool.adapters.prefix:PrefixAdapter",
+        "caa": "mdltool.adapters.cross_attention:CrossAttentionAdapter",
         "st": "mdltool.adapters.st_adapter:StAdapter",
         "mst": "mdltool.adapters.mst_adapter:MstAdapter",
         "cls_shift": "mdltool.adapters.cls_shift:ClassTokenShift",

@@ -10,15 +10,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from itertools import chain
 from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from mdltool.adapters.factored import Axes, FactorSpec, SharedFactor, factor, weight_of
+from mdltool.adapters.factored import Axes, FactorSpec, SharedFactor, factor, has_weight, weight_of
 from mdltool.errors import MdlError
-from mdltool.types import Place, Site
+from mdltool.types import Place, Site, StreamSpec
 from mdltool.wrapping import DomainWrapper, Route, TokenGrid, find, replace
 
 Inner = Callable[..., Tensor]
@@ -57,6 +58,14 @@ class AnyAdapter(nn.Module, ABC):
     def has_batch_norm(cls, options: Any) -> bool:
         """Whether an adapter with these options has a BatchNorm of its own, whose statistics training moves."""
         return False
+
+    @classmethod
+    def wrapper(cls) -> type[AdaptedSite]:
+        """What holds such adapters at a site."""
+        return AdaptedSite
+
+    def constrain(self) -> None:
+        """Put parameters back into their range, after an update of the training."""
 
     @classmethod
     def shared(cls, site: Site, options: AdapterOptions) -> nn.Module | None:
@@ -106,8 +115,8 @@ class TokenOptions(AdapterOptions):
     layers: Annotated[str, AfterValidator(lambda text: _ranges(text) and text)] | None = None
 
 
-class TokenAdapter(AnyAdapter):
-    """An adapter of a transformer's tokens; it learns from the grid where time, space and class tokens are."""
+class BlockAdapter(AnyAdapter):
+    """An adapter of places in a transformer's blocks."""
 
     Options: ClassVar[type[AdapterOptions]] = TokenOptions
 
@@ -116,7 +125,7 @@ class TokenAdapter(AnyAdapter):
         return cls.in_layers(place, options) and place.kind in cls.kinds and place.role in cls.roles(options)
 
     @staticmethod
-    def in_layers(place: Place, options: Any) -> bool:
+    def in_layers(place: Place | Site, options: Any) -> bool:
         """Whether the option `layers` includes a place."""
         return options.layers is None or any(place.layer in r for r in _ranges(options.layers))
 
@@ -125,22 +134,42 @@ class TokenAdapter(AnyAdapter):
     def roles(cls, options: Any) -> frozenset[str]:
         """Which places of a block it goes to."""
 
+
+class TokenAdapter(BlockAdapter):
+    """An adapter of a transformer's tokens; it learns from the grid where time, space and class tokens are."""
+
+    @classmethod
+    def wrapper(cls) -> type[AdaptedSite]:
+        return AdaptedTokens
+
     @abstractmethod
     def forward(self, inner: Inner, x: Tensor, grid: TokenGrid) -> Tensor:
         """The site's output for tokens x that lie as `grid` says."""
 
 
 class AdaptedSite(DomainWrapper):
-    """A site's module with one adapter per domain and the part that domains share. build: makes one adapter."""
+    """A site's module with one adapter per domain and what domains share: a part that is applied after the
+    adapters, and one adapter that several of them hold together (`common`). muted: the adapters stay out of the
+    output.
+    """
 
-    def __init__(self, inner: nn.Module, site: Site, build: Callable[[], AnyAdapter], route: Route) -> None:
+    def __init__(
+        self, inner: nn.Module, site: Site, method: type[AnyAdapter], options: AdapterOptions, route: Route
+    ) -> None:
         super().__init__(inner, route)
         self.site = site
-        self.build = build
+        self.method = method
+        self.options: Any = options
+        self.muted = False
         self.adapters = nn.ModuleDict()
-        self.shared: nn.Module | None = None
+        self.shared = method.shared(site, options)
+        self.common: nn.Module | None = None
         self.factors = nn.ModuleDict()
         self._factored: dict[str, FactorSpec] = {}
+
+    def fill(self, domains: Iterable[str], streams: Mapping[str, Mapping[str, StreamSpec]]) -> None:
+        """Begin with these domains' adapters. streams: of domains that have any."""
+        self.adapters.update({domain: self.build(domain, streams.get(domain, {})) for domain in domains})
 
     def factor(self, specs: Mapping[str, FactorSpec]) -> None:
         """Store parameters of the adapters, by their names, as products of factors."""
@@ -154,7 +183,8 @@ class AdaptedSite(DomainWrapper):
 
     def _factor(self, adapter: nn.Module) -> None:
         for name, spec in self._factored.items():
-            factor(adapter, name, spec, self._shared_factor(name))
+            if has_weight(adapter, name):
+                factor(adapter, name, spec, self._shared_factor(name))
 
     def _shared_factor(self, name: str) -> SharedFactor | None:
         key = name.replace(".", "/")  # a module's name has no dots
@@ -170,15 +200,21 @@ class AdaptedSite(DomainWrapper):
 
     def forward(self, x: Tensor, *rest: Tensor | None) -> Tensor:
         """rest: what an adapter outside this one gives to the site's own module."""
-        inner: Inner = partial(_with, self.inner, rest) if rest else self.inner
-        if self.route.segments:
-            common = _Common(inner, x, self.route)
-            parts = enumerate(self.route.rows(x))
-            y = torch.cat([self._adapt(d, partial(common, i, rows), rows) for i, (d, rows) in parts])
+        if self.muted:
+            y: Tensor = self.inner(x, *rest)
         else:
-            assert self.route.domain is not None, "the model sets the domain before it runs the backbone"
-            y = self._adapt(self.route.domain, inner, x)
+            parts = [self._adapt(*part) for part in self._parts(x, rest)]
+            y = torch.cat(parts) if len(parts) > 1 else parts[0]
         return y if self.shared is None else self.shared(y)
+
+    def _parts(self, x: Tensor, rest: tuple[Tensor | None, ...]) -> list[tuple[str, Inner, Tensor]]:
+        """Each domain of the batch, the site's own module for it, and its rows of x."""
+        inner: Inner = partial(_with, self.inner, rest) if rest else self.inner
+        if not self.route.segments:
+            assert self.route.domain is not None, "the model sets the domain before it runs the backbone"
+            return [(self.route.domain, inner, x)]
+        shared = _Common(inner, x, self.route)
+        return [(d, partial(shared, i, rows), rows) for i, (d, rows) in enumerate(self.route.rows(x))]
 
     def _adapt(self, domain: str, inner: Inner, x: Tensor) -> Tensor:
         y: Tensor = self.adapters[domain](inner, x)
@@ -188,10 +224,30 @@ class AdaptedSite(DomainWrapper):
     def domain_modules(self) -> nn.ModuleDict:
         return self.adapters
 
-    def fresh(self) -> nn.Module:
-        adapter = self.build()
+    def build(self, domain: str, streams: Mapping[str, StreamSpec]) -> nn.Module:
+        """A dense adapter as a domain with such streams begins with it."""
+        return self.method(self.site, self.options)
+
+    def fresh(self, domain: str, streams: Mapping[str, StreamSpec]) -> nn.Module:
+        adapter = self.build(domain, streams)
         self._factor(adapter)
         return adapter
+
+    @property
+    def reads_streams(self) -> bool:
+        """Whether the adapters read streams of the clips."""
+        return False
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether the adapters are known to add nothing, whatever their input is."""
+        return False
+
+    def constrain(self) -> None:
+        """See AnyAdapter.constrain."""
+        for module in chain(self.adapters.values(), [self.common]):
+            if isinstance(module, AnyAdapter):
+                module.constrain()
 
 
 def _with(inner: Inner, rest: tuple[Tensor | None, ...], x: Tensor) -> Tensor:
@@ -223,12 +279,36 @@ class AdaptedTokens(AdaptedSite):
     """AdaptedSite for TokenAdapters."""
 
     def _adapt(self, domain: str, inner: Inner, x: Tensor) -> Tensor:
+        y: Tensor = self.adapters[domain](inner, x, self.grid(x))
+        return y
+
+    def grid(self, x: Tensor) -> TokenGrid:
+        """How the tokens x lie."""
         grid = self.route.tokens
         assert grid is not None, "the backbone sets the grid before it runs its blocks"
         if grid.layout == "grid":  # a pyramid's grid changes from stage to stage; its tensors say it
             grid = TokenGrid.of(x.shape[1:4], "grid")
-        y: Tensor = self.adapters[domain](inner, x, grid)
-        return y
+        return grid
+
+    @property
+    def bottleneck(self) -> int | None:
+        """Width of the bottleneck that `with_bottleneck` gives; None where the adapters have none to offer."""
+        offered: int | None = getattr(next(iter(self.adapters.values()), None), "bottleneck_width", None)
+        return offered
+
+    def with_bottleneck(self, x: Tensor, rest: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor]:
+        """The site's output and the adapters' bottleneck, as the tokens lie; adapters that `bottleneck` is not None
+        of.
+        """
+        assert self.shared is None
+        found: list[tuple[Tensor, Tensor]] = []
+        for domain, inner, rows in self._parts(x, rest):
+            adapter: Any = self.adapters[domain]
+            grid = self.grid(rows)
+            b = adapter.bottleneck(rows, grid)
+            found.append((inner(rows) if self.muted else inner(rows) + adapter.expand(b, grid), b))
+        ys, bs = zip(*found, strict=True)
+        return (torch.cat(ys), torch.cat(bs)) if len(found) > 1 else found[0]
 
 
 def _ranges(text: str) -> list[range]:
@@ -250,11 +330,12 @@ def attach(
     method: type[AnyAdapter],
     options: AdapterOptions,
     route: Route,
+    streams: Mapping[str, Mapping[str, StreamSpec]] | None = None,
 ) -> dict[str, AdaptedSite]:
     """Wrap each site's module of `net` with one adapter of `method` per domain. Returns site name -> wrapper.
 
-    Several methods may share a site: the later one wraps the earlier. Raises MdlError for a site of a kind that the
-    method cannot take, or one that the same method wraps already.
+    Several methods may share a site: the later one wraps the earlier. streams: of domains that have any. Raises
+    MdlError for a site of a kind that the method cannot take, or one that the same method wraps already.
     """
     wrapped: dict[str, AdaptedSite] = {}
     for site in sites:
@@ -269,10 +350,8 @@ def attach(
             raise MdlError(
                 f"site '{site.name}' has such an adapter already", "adapters", "name each site once per type"
             )
-        kind = AdaptedTokens if issubclass(method, TokenAdapter) else AdaptedSite
-        wrapper = kind(inner, site, partial(method, site, options), route)
-        wrapper.adapters.update({domain: wrapper.build() for domain in domains})
-        wrapper.shared = method.shared(site, options)
+        wrapper = method.wrapper()(inner, site, method, options, route)
+        wrapper.fill(domains, streams or {})
         replace(net, site.path, wrapper)
         wrapped[site.name] = wrapper
     return wrapped
@@ -280,7 +359,7 @@ def attach(
 
 def _holds(module: nn.Module, method: type[AnyAdapter]) -> bool:
     while isinstance(module, AdaptedSite):
-        if any(type(adapter) is method for adapter in module.adapters.values()):
+        if module.method is method:
             return True
         module = module.inner
     return False

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from mdltool.sync_norm import Synchronisable, batch_norm
+from mdltool.types import StreamSpec
 from mdltool.wrapping import DomainWrapper, Route, library_modules, replace
 
 BatchNorm = nn.BatchNorm2d | nn.BatchNorm3d
@@ -95,7 +96,7 @@ class DomainBatchNorm(Synchronisable, DomainWrapper):
     def domain_modules(self) -> nn.ModuleDict:
         return self.statistics
 
-    def fresh(self) -> nn.Module:
+    def fresh(self, domain: str, streams: Mapping[str, StreamSpec]) -> nn.Module:
         return DomainStatistics(self.inner, self.affine)
 
     @torch.no_grad()

@@ -170,6 +170,15 @@ def weight_of(adapter: nn.Module, name: str) -> Tensor | FactoredWeight:
     return held
 
 
+def has_weight(adapter: nn.Module, name: str) -> bool:
+    """Whether an adapter has a parameter of that name; domains with other streams have others."""
+    try:
+        weight_of(adapter, name)
+    except AttributeError:
+        return False
+    return True
+
+
 def factor(adapter: nn.Module, name: str, spec: FactorSpec, shared: SharedFactor | None) -> None:
     """Replace an adapter's dense weight by its factors. shared: None makes both the adapter's own."""
     path, _, leaf = name.rpartition(".")

@@ -2,7 +2,7 @@
 
 A bottleneck beside a block's MLP, whose weights differ from one spatial chunk of the tokens to the next. The output
 at step 0 is the bare block's. Shape suffixes: B batch, T time slices, P positions of a slice, C channels, R
-bottleneck, K heads.
+bottleneck, K heads, I and O a linear map's input and output.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ class MhvaAdapter(TokenAdapter):
             )
         channels, r = site.channels, options.r
         self._chunk, self._cls, self._window = options.chunk, options.cls, site.window
+        self.bottleneck_width = r
         self._heads = options.heads
         if options.chunk == "windows":  # no more heads than windows of the configured clip (spec cm3t 3.3)
             self._heads = min(options.heads, math.prod(_windows(site.grid, site.window)[1]))
@@ -88,43 +89,66 @@ class MhvaAdapter(TokenAdapter):
     def forward(self, inner: Inner, x: Tensor, grid: TokenGrid) -> Tensor:
         return inner(x) + self.adapt(x, grid)
 
+    @property
+    def skips_class(self) -> bool:
+        """Whether class tokens pass untouched."""
+        return self._cls == "skip"
+
     def adapt(self, x: Tensor, grid: TokenGrid) -> Tensor:
         """s MHVA(x), in the layout of x."""
-        class_BTC, patches_BTHWC = grid.split(x)
-        order, counts = _chunks(self._chunk, self._heads, grid, self._window, x.device)
-        x_BTPC = patches_BTHWC.flatten(2, 3)
-        if self._chunk == "windows":
-            x_BTPC = x_BTPC.flatten(1, 2).unsqueeze(1)
-        if order is not None:
-            x_BTPC = x_BTPC[:, :, order]
-        down_KCR, up_KRC = value(self.down), value(self.up)
-        y_BTPC = self._patches(x_BTPC, counts, down_KCR, up_KRC)
-        if order is not None:
-            y_BTPC = y_BTPC[:, :, order.argsort()]
-        if class_BTC is not None and self._cls == "skip":
-            class_BTC = torch.zeros_like(class_BTC)
-        elif class_BTC is not None:
-            class_BTC = self._head(class_BTC, self._heads if self._cls == "own" else 0, down_KCR, up_KRC)
-        return grid.join(class_BTC, y_BTPC.view(patches_BTHWC.shape))
+        return self.expand(self.bottleneck(x, grid), grid)
 
-    def _patches(self, x_BTPC: Tensor, counts: list[int], down_KCR: Tensor, up_KRC: Tensor) -> Tensor:
+    def bottleneck(self, x: Tensor, grid: TokenGrid) -> Tensor:
+        """b = ReLU(x W_down + c_down), in the layout of x; 0 for class tokens that are skipped."""
+        return self._by_heads(x, value(self.down), self.down_bias, grid).relu()
+
+    def expand(self, b: Tensor, grid: TokenGrid) -> Tensor:
+        """s (b W_up + c_up), in the layout of b; 0 for class tokens that are skipped."""
+        scale = self.scale.view(-1, *[1] * self.scale.ndim)  # [K, 1] or [1]
+        return self._by_heads(b, value(self.up), self.up_bias, grid, scale)
+
+    def _by_heads(
+        self, x: Tensor, weight_KIO: Tensor, bias_KO: Tensor, grid: TokenGrid, scale: Tensor | None = None
+    ) -> Tensor:
+        """Every token through the linear map of its head, in the layout of x."""
+        class_BTI, patches_BTHWI = grid.split(x)
+        order, counts = _chunks(self._chunk, self._heads, grid, self._window, x.device)
+        x_BTPI = patches_BTHWI.flatten(2, 3)
+        if self._chunk == "windows":
+            x_BTPI = x_BTPI.flatten(1, 2).unsqueeze(1)
+        if order is not None:
+            x_BTPI = x_BTPI[:, :, order]
+        y_BTPO = self._patches(x_BTPI, counts, weight_KIO, bias_KO, scale)
+        if order is not None:
+            y_BTPO = y_BTPO[:, :, order.argsort()]
+        class_BTO = None
+        if class_BTI is not None and self._cls == "skip":
+            class_BTO = y_BTPO.new_zeros(*class_BTI.shape[:2], y_BTPO.shape[-1])
+        elif class_BTI is not None:
+            head = self._heads if self._cls == "own" else 0
+            class_BTO = _linear(class_BTI, weight_KIO, bias_KO, scale, head)
+        return grid.join(class_BTO, y_BTPO.reshape(*patches_BTHWI.shape[:-1], y_BTPO.shape[-1]))
+
+    def _patches(
+        self, x_BTPI: Tensor, counts: list[int], weight_KIO: Tensor, bias_KO: Tensor, scale: Tensor | None
+    ) -> Tensor:
         """Every head on its slice. Equal slices are one batched product; weights are never gathered per token."""
         heads, each = self._heads, counts[0]
         if heads == 1:
-            return self._head(x_BTPC, 0, down_KCR, up_KRC)
+            return _linear(x_BTPI, weight_KIO, bias_KO, scale, 0)
         if any(count != each for count in counts):
-            parts = x_BTPC.split(counts, 2)
-            return torch.cat([self._head(part, k, down_KCR, up_KRC) for k, part in enumerate(parts)], 2)
-        x_BTKPC = x_BTPC.unflatten(2, (heads, each))
-        b = torch.einsum("btkpc,kcr->btkpr", x_BTKPC, down_KCR[:heads]) + self.down_bias[:heads, None]
-        y = torch.einsum("btkpr,krc->btkpc", b.relu(), up_KRC[:heads]) + self.up_bias[:heads, None]
-        scale = self.scale[:heads, None, None] if self.scale.ndim else self.scale
-        return (y * scale).flatten(2, 3)
+            parts = enumerate(x_BTPI.split(counts, 2))
+            return torch.cat([_linear(part, weight_KIO, bias_KO, scale, k) for k, part in parts], 2)
+        x_BTKPI = x_BTPI.unflatten(2, (heads, each))
+        y = torch.einsum("btkpi,kio->btkpo", x_BTKPI, weight_KIO[:heads]) + bias_KO[:heads, None]
+        y = y if scale is None else y * (scale[:heads, None] if len(scale) > 1 else scale)
+        return y.flatten(2, 3)
 
-    def _head(self, x: Tensor, head: int, down_KCR: Tensor, up_KRC: Tensor) -> Tensor:
-        b = (x @ down_KCR[head] + self.down_bias[head]).relu()
-        scale = self.scale[head] if self.scale.ndim else self.scale
-        return (b @ up_KRC[head] + self.up_bias[head]) * scale
+
+def _linear(x: Tensor, weight_KIO: Tensor, bias_KO: Tensor, scale: Tensor | None, head: int) -> Tensor:
+    """Tokens of one head. scale: one number, or each head's."""
+    y = x @ weight_KIO[head] + bias_KO[head]
+    return y if scale is None else y * scale[head if len(scale) > 1 else 0]
 
 
 class AdaptFormerOptions(MhvaOptions):

@@ -137,6 +137,9 @@ class Swin3d(TransformerBackbone):
     def block_paths(self) -> list[str]:
         return [f"features.{2 * stage}.{i}" for stage, depth in enumerate(self.depths) for i in range(depth)]
 
+    def stage_of(self, path: str) -> int:
+        return int(path.split(".")[1]) // 2 + 1
+
 
 class Swin3dT(Swin3d):
     """Video Swin-T: 27,850,470 parameters without its classifier."""

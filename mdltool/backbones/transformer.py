@@ -179,15 +179,14 @@ class OpenDropped(Dropped):
         return self.inner.window
 
 
-def block_places(path: str, layer: int, names: Names) -> dict[str, Place]:
+def block_places(path: str, layer: int, names: Names, stage: int = 0) -> dict[str, Place]:
     """The places of one block by name: block<layer>.<role>."""
-    found = {
-        f"block{layer}.{role}": Place(f"{path}.{role}", kind, role, layer, path) for role, kind in TAPS.items()
-    }
-    found[f"block{layer}.attn"] = Place(f"{path}.{names.attn}", "attention", "attn", layer, path)
-    found[f"block{layer}.mlp"] = Place(f"{path}.{names.mlp}", "mlp", "mlp", layer, path)
+    at = (layer, path, stage)
+    found = {f"block{layer}.{role}": Place(f"{path}.{role}", kind, role, *at) for role, kind in TAPS.items()}
+    found[f"block{layer}.attn"] = Place(f"{path}.{names.attn}", "attention", "attn", *at)
+    found[f"block{layer}.mlp"] = Place(f"{path}.{names.mlp}", "mlp", "mlp", *at)
     for role, name in names.linear.items():
-        found[f"block{layer}.{role}"] = Place(f"{path}.{names.attn}.{name}", "linear", role, layer, path)
+        found[f"block{layer}.{role}"] = Place(f"{path}.{names.attn}.{name}", "linear", role, *at)
     return found
 
 
@@ -204,8 +203,12 @@ class TransformerBackbone(Backbone):
     def places(self) -> dict[str, Place]:
         found: dict[str, Place] = {}
         for number, path in enumerate(self.block_paths(), 1):
-            found |= block_places(path, number, self.names)
+            found |= block_places(path, number, self.names, self.stage_of(path))
         return found
+
+    def stage_of(self, path: str) -> int:
+        """The stage of a pyramid that a block is in, from 1; 0 of other networks."""
+        return 0
 
     def open_block(self, block: nn.Module) -> Wrapper:
         return OpenBlock(block, self.names, self.attention, self.drop)

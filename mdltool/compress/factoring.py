@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from mdltool.adapters.factored import Axes, FactoredWeight, FactorSpec, weight_of
+from mdltool.adapters.factored import Axes, FactoredWeight, FactorSpec, has_weight, weight_of
 from mdltool.compress.joint_svd import Balance, Decomposition, Scale, decompose, grow, project
 from mdltool.compress.ranks import Choice, Weight
 from mdltool.model import MultiDomainModel
@@ -89,11 +89,13 @@ class Decomposed:
 
 
 def site_weights(model: MultiDomainModel, matricise: str = "adapter") -> list[SiteWeight]:
-    """What of a dense model's adapters is matrices; the model may be on the meta device."""
+    """What of a dense model's adapters is matrices that every domain has; the model may be on the meta device."""
     found = []
     for site, wrapper in model.sites.items():
-        adapter = next(iter(wrapper.adapters.values()))
+        adapter, *others = wrapper.adapters.values()
         for parameter, axes in adapter.factor_rules().items():  # type: ignore[operator]
+            if not all(has_weight(other, parameter) for other in others):
+                continue  # a stream that a domain has not
             shape = tuple(weight_of(adapter, parameter).shape)
             if matricise != "adapter" and len(shape) > 3:
                 axes = _convolution_axes(matricise, len(shape))

@@ -58,18 +58,18 @@ def check_widths(widths: Mapping[str, Mapping[str, int]]) -> None:
                 )
 
 
-def padded(clips: Sequence[Mapping[str, np.ndarray]]) -> dict[str, StreamTokens]:
+def padded(clips: Sequence[Mapping[str, np.ndarray | torch.Tensor]]) -> dict[str, StreamTokens]:
     """The streams of a batch: by name those of any of its clips. clips: of each, name -> float32 [M, D]."""
     widths = {name: tokens.shape[1] for clip in clips for name, tokens in clip.items()}
     return {name: _padded([clip.get(name) for clip in clips], width) for name, width in widths.items()}
 
 
-def _padded(clips: Sequence[np.ndarray | None], width: int) -> StreamTokens:
+def _padded(clips: Sequence[np.ndarray | torch.Tensor | None], width: int) -> StreamTokens:
     counts = [0 if tokens is None else len(tokens) for tokens in clips]
     # One token at least: attention over an axis of length 0 is a special case for nobody's benefit.
     tokens_BMD = torch.zeros(len(clips), max(1, *counts), width)
     mask_BM = torch.arange(tokens_BMD.shape[1]) < torch.tensor(counts)[:, None]
     for row_MD, tokens in zip(tokens_BMD, clips, strict=True):
         if tokens is not None:
-            row_MD[: len(tokens)] = torch.from_numpy(tokens)
+            row_MD[: len(tokens)] = torch.as_tensor(tokens)
     return StreamTokens(tokens_BMD, mask_BM)

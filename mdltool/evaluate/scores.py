@@ -12,8 +12,10 @@ from torch import Tensor
 
 from mdltool.data.index import ShardIndex
 from mdltool.data.loader import ClipViews
+from mdltool.data.tokens import padded
 from mdltool.model import MultiDomainModel
 from mdltool.tasks import Task
+from mdltool.types import StreamTokens
 
 VIEWS_PER_FORWARD = 32
 
@@ -70,8 +72,9 @@ def score_domain(
         for group in _groups(clips, found):
             frames = torch.cat([clip.views.frames for clip in group if clip.views is not None])
             frames = frames.to(device or "cpu").contiguous(memory_format=torch.channels_last_3d)
+            streams = _streams(group, device)
             with autocast():
-                logits = model(frames, domain)
+                logits = model(frames, domain, streams)
             logits = logits.float().cpu()
             sizes = [len(clip.views.frames) for clip in group if clip.views is not None]
             for clip, part in zip(group, logits.split(sizes), strict=True):
@@ -89,15 +92,19 @@ def score_mixed(
     tasks: Mapping[str, Task],
     average: str = "probs",
     batch: int = VIEWS_PER_FORWARD,
+    streams: Sequence[Mapping[str, Tensor]] | None = None,
 ) -> list[Tensor]:
     """One [N] score vector for each clip, (domain, its views [V, 3, T, H, W]), as score_domain's; in their order.
 
-    All views of all clips of one size go through the model `batch` at a time, whatever their domains.
+    All views of all clips of one size go through the model `batch` at a time, whatever their domains. streams: of
+    each clip, by name, float32 [M, D].
     """
+    given = streams or [{}] * len(clips)
     scores: dict[int, Tensor] = {}
     for size in dict.fromkeys(views.shape[1:] for _, views in clips):
         rows = [row for row, (_, views) in enumerate(clips) if views.shape[1:] == size]
-        found = _score_alike(model, [clips[row] for row in rows], tasks, average, batch)
+        parts = [clips[row] for row in rows], [given[row] for row in rows]
+        found = _score_alike(model, *parts, tasks, average, batch)
         scores |= dict(zip(rows, found, strict=True))
     return [scores[row] for row in range(len(clips))]
 
@@ -105,6 +112,7 @@ def score_mixed(
 def _score_alike(
     model: MultiDomainModel,
     clips: Sequence[tuple[str, Tensor]],
+    streams: Sequence[Mapping[str, Tensor]],
     tasks: Mapping[str, Task],
     average: str,
     batch: int,
@@ -113,17 +121,25 @@ def _score_alike(
     model.eval()
     domains = [domain for domain, views in clips for _ in range(len(views))]
     frames = torch.cat([views for _, views in clips])
+    own = [streams[row] for row, (_, views) in enumerate(clips) for _ in range(len(views))]
     rows: list[Tensor] = []
     with torch.inference_mode():
         for start in range(0, len(domains), batch):
             part = frames[start : start + batch].contiguous(memory_format=torch.channels_last_3d)
-            rows += model(part, domains[start : start + batch])
+            rows += model(part, domains[start : start + batch], padded(own[start : start + batch]))
     scores, start = [], 0
     for domain, views in clips:
         logits_VN = torch.stack(rows[start : start + len(views)]).float()
         scores.append(_over_views(logits_VN, tasks[domain], average))
         start += len(views)
     return scores
+
+
+def _streams(group: Sequence[ClipViews], device: torch.device | None) -> dict[str, StreamTokens]:
+    """The streams of clips, for each of their views."""
+    found = padded([clip.streams for clip in group if clip.views is not None for _ in clip.views.frames])
+    where = device or "cpu"
+    return {name: StreamTokens(s.tokens_BMD.to(where), s.mask_BM.to(where)) for name, s in found.items()}
 
 
 def _over_views(logits_VN: Tensor, task: Task, average: str) -> Tensor:

@@ -28,7 +28,7 @@ from mdltool.registry import did_you_mean
 from mdltool.source_adapters import begin_as_source
 from mdltool.stages.continuing import alone, joined, settled
 from mdltool.stages.fitting import Scope, fit, gather_data
-from mdltool.stages.plan import model_spec
+from mdltool.stages.plan import completed, model_spec
 from mdltool.train.checkpoint import save_tensors
 from mdltool.train.distributed import join_world
 from mdltool.train.plan import Progress
@@ -67,14 +67,24 @@ def run(
     request = {"recipe": recipe.model_dump(mode="json"), "start_from": start_from}
     world = join_world()
     how = "must" if resume else "ask"
-    draft = begin_together(world, out, kind="model", stage="add-domain", inputs=inputs, request=request, resume=how)
+    draft = begin_together(
+        world,
+        out,
+        kind="model",
+        stage="add-domain",
+        inputs=inputs,
+        request=request,
+        resume=how,
+        completed=completed,
+    )
     if isinstance(draft, Artifact):
         return draft
     seeded(recipe.train.seed)
     names = data[domain].train_index.classes
-    normalize = model_spec(recipe, {domain: len(names)}).normalize
+    own_spec = model_spec(recipe, {domain: len(names)})
     with draft or nullcontext():
-        model = extended(load_model(source, work=work), domain, len(names), start_from, normalize)
+        old, streams = load_model(source, work=work), own_spec.streams.get(domain)
+        model = extended(old, domain, len(names), start_from, own_spec.normalize, streams)
         if start_from is None:
             _begin(model, backbone, recipe.backbone.adapters, domain)
     scope = Scope(only=domain)

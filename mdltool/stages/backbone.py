@@ -17,7 +17,7 @@ from mdltool.model_store import backbone_with_weights, save_backbone, seeded
 from mdltool.schema import Recipe
 from mdltool.source_adapters import save_source_adapters
 from mdltool.stages.fitting import DomainData, fit, gather_data
-from mdltool.stages.plan import check, model_spec
+from mdltool.stages.plan import check, completed, model_spec
 from mdltool.stages.weights import about
 from mdltool.train.distributed import join_world
 from mdltool.train.plan import Progress
@@ -59,6 +59,7 @@ def pretrain(
         inputs=inputs,
         request=recipe.model_dump(mode="json") | ({} if classes is None else {"classes": classes}),
         resume="must" if resume else "ask",
+        completed=completed,
     )
     if isinstance(draft, Artifact):
         return draft

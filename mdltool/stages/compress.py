@@ -39,6 +39,7 @@ from mdltool.stages.compression import (
     training_of,
 )
 from mdltool.stages.fitting import Scope
+from mdltool.stages.plan import completed
 from mdltool.stages.sweeping import Sweep, check_sweep, smallest_good, swept
 from mdltool.stages.whitening import Calibration, Whiten, check_whiten
 from mdltool.train.checkpoint import save_tensors
@@ -90,7 +91,9 @@ def run(
     }
     world = join_world()
     how = "never" if finetune is None else "must" if finetune.resume else "ask"
-    draft = begin_together(world, out, kind="model", stage="compress", inputs=inputs, request=request, resume=how)
+    draft = begin_together(
+        world, out, kind="model", stage="compress", inputs=inputs, request=request, resume=how, completed=completed
+    )
     if isinstance(draft, Artifact):
         return draft
     folder, progress, points = partial_path(out), None, None

@@ -43,7 +43,7 @@ def alone(stored: Mapping[str, Any], domain: str, task: str) -> dict[str, Any]:
 
     One domain has batches and a loss of its own, however the others were trained.
     """
-    step = {**stored["train"]["steps"][-1], "regime": "frozen"}
+    step = {**stored["train"]["steps"][-1], "regime": "frozen", "adapters": None}
     batch = stored["data"]["batch"]
     single = {"batch": max(batch.values()) if isinstance(batch, dict) else batch, "proportions": None}
     single |= {"fraction": 1.0, "per_class": None, "subset_seed": 0}  # how much there was of the others' training

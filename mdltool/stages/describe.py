@@ -8,12 +8,16 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from mdltool.counting import by_type
 from mdltool.evaluate.views import parse_views
 from mdltool.losses.multitrain import MultitrainLoss
 from mdltool.model import MultiDomainModel, build_model
 from mdltool.model_spec import ModelSpec
 from mdltool.schema import Recipe
 from mdltool.stages.plan import model_spec, multitrain_spec, outputs_of
+from mdltool.types import StreamTokens
+
+_TOKENS = 32  # of a stream, in the cost of a clip
 
 
 def run(recipe: Recipe, views: str | None = None) -> dict[str, Any]:
@@ -27,7 +31,7 @@ def run(recipe: Recipe, views: str | None = None) -> dict[str, Any]:
         model = build_model(spec)
     trained: set[int] = set()
     for step in recipe.train.steps:
-        model.apply_regime(step.regime, recipe.train.bn)
+        model.apply_regime(step.regime, recipe.train.bn, adapters=step.adapters)
         trained |= {id(p) for p in model.parameters() if p.requires_grad}
     counts = model.parameter_counts()
     counts["training_only"] = training_only(recipe, model)
@@ -59,7 +63,7 @@ def run(recipe: Recipe, views: str | None = None) -> dict[str, Any]:
             }
             for name, w in model.sites.items()
         ],
-        "published": published(recipe, counts, view),
+        "published": published(recipe, counts | by_type(model), view),
     }
 
 
@@ -81,7 +85,8 @@ def parameters(recipe: Recipe) -> dict[str, int]:
     """
     outputs = {name: domain.classes or 1 for name, domain in recipe.domains.items()}
     with torch.device("meta"):
-        counts = build_model(model_spec(recipe, outputs)).parameter_counts()
+        model = build_model(model_spec(recipe, outputs))
+    counts = model.parameter_counts() | by_type(model)
     if any(domain.classes is None for domain in recipe.domains.values()):
         return {"adapters": counts["adapters"]}
     own = {part: counts[part] for part in ("adapters", "total")}
@@ -93,11 +98,12 @@ def parameters(recipe: Recipe) -> dict[str, int]:
 
 
 def gflops_per_view(model: MultiDomainModel, spec: ModelSpec) -> float:
-    """Multiply-adds / 1e9 of one clip through the path of one domain (the first; the paths are alike)."""
+    """Multiply-adds / 1e9 of one clip through the path of one domain, the first, with its streams."""
     model.eval()
     clip = torch.empty(1, 3, spec.num_frames, spec.crop, spec.crop, device="meta")
+    domain = next(iter(spec.domains))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(clip, next(iter(spec.domains)))
+        model(clip, domain, _tokens(spec, domain))
     return counter.get_total_flops() / 2 / 1e9
 
 
@@ -117,13 +123,25 @@ def saved_bytes_per_clip(model: MultiDomainModel, spec: ModelSpec) -> int:
         return tensor
 
     clip = torch.empty(1, 3, spec.num_frames, spec.crop, spec.crop, device="meta")
+    domain = next(iter(spec.domains))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(clip, next(iter(spec.domains)))
+        model(clip, domain, _tokens(spec, domain))
     return sum(size for _, size in kept.values())
 
 
+def _tokens(spec: ModelSpec, domain: str) -> dict[str, StreamTokens]:
+    """One clip's streams, _TOKENS each (spec cm3t 4)."""
+    return {
+        name: StreamTokens(
+            torch.empty(1, _TOKENS, stream.input, device="meta"),
+            torch.empty(1, _TOKENS, dtype=torch.bool, device="meta"),
+        )
+        for name, stream in spec.streams.get(domain, {}).items()
+    }
+
+
 def _as_printed(recipe: Recipe, counts: dict[str, int]) -> dict[str, int]:
-    """Our counts by the cells of the recipe's paper.
+    """Our counts by the cells of the recipe's paper. counts: of the model's parts and of its adapters' types.
 
     `trainable` in the paper's sense is heads + adapters (+ backbone where it trains); the shared norms stand in no
     column of the paper (spec omi_mdl 2.3).
@@ -131,8 +149,9 @@ def _as_printed(recipe: Recipe, counts: dict[str, int]) -> dict[str, int]:
     assert recipe.published is not None
     ours = dict(counts)
     trains_backbone = any(step.regime in ("joint", "full") for step in recipe.train.steps)
+    ours["denominator"] = recipe.published.denominator or counts["backbone"]
     ours["trainable"] = counts["heads"] + counts["adapters"] + (counts["backbone"] if trains_backbone else 0)
-    return ours | {cell: sum(counts[part] for part in parts) for cell, parts in recipe.published.sums.items()}
+    return ours | {cell: sum(ours[part] for part in parts) for cell, parts in recipe.published.sums.items()}
 
 
 def published(recipe: Recipe, counts: dict[str, int], view: float) -> dict[str, Any]:
@@ -155,7 +174,7 @@ def published(recipe: Recipe, counts: dict[str, int], view: float) -> dict[str, 
             cells[cell]["corrected_m"] = expected
     percent: dict[str, dict[str, Any]] = {}
     for cell, printed in source.percent.items():
-        share = 100 * ours[cell] / (source.denominator or counts["backbone"])
+        share = 100 * ours[cell] / ours["denominator"]
         percent[cell] = {"printed": printed, "ours": share, "difference": round(share - printed, 4)}
         percent[cell]["matches"] = float(_rounded(share, 1)) == printed
     found: dict[str, Any] = {

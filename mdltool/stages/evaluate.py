@@ -25,7 +25,7 @@ from mdltool.model import MultiDomainModel
 from mdltool.model_store import load_model
 from mdltool.schema import Recipe
 from mdltool.stages.fitting import check_domain
-from mdltool.stages.plan import eval_views, grid_of
+from mdltool.stages.plan import eval_views, grid_of, modalities
 from mdltool.tasks import TASKS
 from mdltool.train.distributed import World, gather_objects, join_world
 from mdltool.train.together import begin_together, open_together
@@ -108,7 +108,14 @@ def _score(
     world: World,
 ) -> DomainScores | None:
     """One domain's scores over all processes, on rank 0; None elsewhere."""
-    loader = ViewLoader(index, eval_views(recipe, domain, grid), workers=workers, rank=world.rank, world=world.size)
+    loader = ViewLoader(
+        index,
+        eval_views(recipe, domain, grid),
+        workers=workers,
+        rank=world.rank,
+        world=world.size,
+        modalities=modalities(recipe, domain),
+    )
     task = TASKS.load(recipe.domains[domain].task)()
     mine = len(range(world.rank, len(index), world.size))
     with console.progress(f"eval {domain}", mine) as advance:

@@ -37,6 +37,7 @@ from mdltool.stages.compression import (
 )
 from mdltool.stages.continuing import alone, joined, recipe_of
 from mdltool.stages.fitting import Scope
+from mdltool.stages.plan import completed
 from mdltool.train.checkpoint import save_tensors
 from mdltool.train.distributed import join_world
 from mdltool.train.together import begin_together, by_main, open_together
@@ -76,7 +77,9 @@ def run(
     world = join_world()
     how = "never" if finetune is None else "must" if finetune.resume else "ask"
     stage = "compress --extend"
-    draft = begin_together(world, out, kind="model", stage=stage, inputs=inputs, request=request, resume=how)
+    draft = begin_together(
+        world, out, kind="model", stage=stage, inputs=inputs, request=request, resume=how, completed=completed
+    )
     if isinstance(draft, Artifact):
         return draft
     folder, progress = partial_path(out), None

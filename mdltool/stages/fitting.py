@@ -26,6 +26,7 @@ from mdltool.schema import Recipe, Step
 from mdltool.stages.plan import (
     decays_of,
     mix_of,
+    modalities,
     multitrain_spec,
     order_of,
     sampling,
@@ -218,7 +219,8 @@ def _step_spec(step: Step, epoch: int, decay: float | None) -> StepSpec:
     updates = step.updates or (step.epochs or 0) * epoch
     optimizer = OptimizerSpec(**step.optimizer.model_dump())
     optimizer = optimizer if decay is None else replace(optimizer, weight_decay=decay)
-    return StepSpec(step.regime, updates, optimizer, ScheduleSpec(**schedule))
+    adapters = None if step.adapters is None else tuple(step.adapters)
+    return StepSpec(step.regime, updates, optimizer, ScheduleSpec(**schedule), adapters, tuple(step.mute))
 
 
 @dataclass(frozen=True)
@@ -286,7 +288,12 @@ def _loader(
     recipe: Recipe, data: Mapping[str, DomainData], order: Order, share: Share, updates: int, workers: int
 ) -> Loader:
     streams = [
-        Stream(data[name].train_index, sampling(recipe, name), train_transform(recipe, name))
+        Stream(
+            data[name].train_index,
+            sampling(recipe, name),
+            train_transform(recipe, name),
+            modalities=modalities(recipe, name),
+        )
         for name in recipe.domains
     ]
 
@@ -330,7 +337,14 @@ def score_split(
 ) -> dict[str, float]:
     """The task's metrics and its loss, which is over the clips that decode; NaN where none does."""
     task = TASKS.load(recipe.domains[domain].task)()
-    loader = ViewLoader(index, val_views(recipe, domain), workers=workers, rank=world.rank, world=world.size)
+    loader = ViewLoader(
+        index,
+        val_views(recipe, domain),
+        workers=workers,
+        rank=world.rank,
+        world=world.size,
+        modalities=modalities(recipe, domain),
+    )
     own = score_domain(model, loader, domain, task, device=model.mean.device)
     shares = gather_objects(own, world)
     metrics = _metrics(task, shares[0].merge(shares[1:]), index) if shares is not None else None

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import ValidationError
+
 from mdltool.data.augment import EraseSpec, RandAugmentSpec
 from mdltool.data.mixing import MixSpec
 from mdltool.data.order import InTurn, Mixed, Order, Proportions, Share
@@ -15,6 +17,7 @@ from mdltool.evaluate.views import ViewSpec, parse_views
 from mdltool.losses.multitrain import MultitrainSpec
 from mdltool.model_spec import AdapterSpec, ModelSpec, check_adapters
 from mdltool.schema import Recipe
+from mdltool.types import StreamSpec
 
 # A weight decay for domains of fewer clips than this, the smallest first (spec residual_adapters 5).
 _DECAYS = ((8_000, 0.002), (35_000, 0.0005))
@@ -44,7 +47,48 @@ def model_spec(recipe: Recipe, outputs: dict[str, int]) -> ModelSpec:
             for name, part in recipe.domains.items()
             if part.normalize is not None
         },
+        streams=stream_specs(recipe),
+        mute=recipe.train.steps[-1].mute,
     )
+
+
+def stream_specs(recipe: Recipe) -> dict[str, dict[str, StreamSpec]]:
+    """Domain -> stream -> what it is, of domains that have any."""
+    specs = {
+        name: StreamSpec(
+            kind=part.kind,
+            width=part.width,
+            input=part.input or part.width,
+            embedder=part.embedder,
+            embedder_options=part.embedder_options,
+            layers=part.layers,
+        )
+        for name, part in recipe.streams.items()
+    }
+    chosen = {domain: {name: specs[name] for name in recipe.streams_of(domain)} for domain in recipe.domains}
+    return {domain: entries for domain, entries in chosen.items() if entries}
+
+
+def modalities(recipe: Recipe, domain: str) -> dict[str, int]:
+    """Stream -> width of its stored rows, for a domain's loader."""
+    return {name: recipe.streams[name].input or recipe.streams[name].width for name in recipe.streams_of(domain)}
+
+
+def completed(request: dict[str, Any]) -> dict[str, Any]:
+    """A stage's stored request with every key of its recipes, those too that came after it was made.
+
+    A request is a recipe, with further keys or without, or holds one as `recipe` or `finetune`.
+    """
+    inside = {key: _complete(request[key]) for key in ("recipe", "finetune") if isinstance(request.get(key), dict)}
+    own = _complete({k: v for k, v in request.items() if k in Recipe.model_fields}) if "train" in request else {}
+    return {**request, **own, **inside}
+
+
+def _complete(content: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return Recipe.model_validate(content).model_dump(mode="json")
+    except ValidationError:  # of another version: it differs as it stands
+        return content
 
 
 def check(recipe: Recipe) -> None:

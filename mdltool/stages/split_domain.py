@@ -36,6 +36,7 @@ def run(source: Artifact, domain: str, out: Path, *, weights: str = "last", work
         model=model_form(model.spec),
         **model.digests(),
         recipe=recipe_of(Recipe.model_validate(content["recipe"]), domain),
+        streams=model.spec.streams.get(domain, {}),
         tensors={k.removeprefix(f"{domain}/"): t for k, t in own.items() if k.startswith(f"{domain}/")},
     )
     data = pack.to_bytes()

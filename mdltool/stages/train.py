@@ -24,7 +24,7 @@ from mdltool.model_store import (
 from mdltool.schema import Recipe
 from mdltool.source_adapters import begin_as_source, check_source_adapters
 from mdltool.stages.fitting import DomainData, fit, gather_data
-from mdltool.stages.plan import check, model_spec
+from mdltool.stages.plan import check, completed, model_spec
 from mdltool.train.checkpoint import save_tensors
 from mdltool.train.distributed import join_world
 from mdltool.train.plan import Progress
@@ -52,7 +52,9 @@ def run(
     inputs += [source.as_input("backbone")] if source is not None else []
     world = join_world()
     request, how = recipe.model_dump(mode="json"), "must" if resume else "ask"
-    draft = begin_together(world, out, kind="model", stage="train", inputs=inputs, request=request, resume=how)
+    draft = begin_together(
+        world, out, kind="model", stage="train", inputs=inputs, request=request, resume=how, completed=completed
+    )
     if isinstance(draft, Artifact):
         return draft
     seeded(recipe.train.seed)

@@ -18,9 +18,9 @@ from mdltool.backbones import BACKBONES
 from mdltool.backbones.base import Backbone
 from mdltool.backbones.formats import to_library
 from mdltool.backbones.sources import HUB_FILES
+from mdltool.counting import count
 from mdltool.errors import MdlError
 from mdltool.files import digest_of, sha256_file
-from mdltool.model import count
 from mdltool.model_spec import parse_options
 from mdltool.model_store import read_tensors, save_backbone
 

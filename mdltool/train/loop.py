@@ -35,7 +35,7 @@ from mdltool.train.plan import Headline, Progress, RunParts, StepSpec, TrainSpec
 from mdltool.train.recalibrate import recalibrate
 from mdltool.train.signals import stop_signals
 from mdltool.train.tally import Line, Tally, domains_of, update_counts
-from mdltool.types import Batch
+from mdltool.types import Batch, StreamTokens
 
 _MIX = 99  # purpose of the random number that decides how a batch is mixed
 
@@ -59,6 +59,7 @@ class Trainer:
         self._restored: tuple[dict[str, Tensor], dict[str, Any]] | None = None
         self._seen: dict[str, int] = {}
         self._stop = False
+        self._final = True  # whether the model computes what it will when it is stored
 
     def run(self) -> Progress:
         """Train to the end, from the newest checkpoint where there is one.
@@ -129,7 +130,11 @@ class Trainer:
         begin = 0
         for step in self.spec.steps:
             end = begin + step.updates
-            self.model.apply_regime(step.regime, self.spec.bn, self.spec.only, self.spec.shared_factors)
+            self.model.apply_regime(
+                step.regime, self.spec.bn, self.spec.only, self.spec.shared_factors, step.adapters
+            )
+            self.model.mute(step.mute)
+            self._final = step.mute == self.spec.steps[-1].mute
             if begin < self.progress.update <= end and self.progress.update in self._validated:
                 self._validate(log)  # resumed: the checkpoint is of the moment before
             if self.progress.update < end:
@@ -209,6 +214,7 @@ class Trainer:
             self.run_parts.accelerator.unscale_gradients(optimizer)
             torch.nn.utils.clip_grad_norm_(clipped, self._clip_norm)
         optimizer.step()
+        self.model.constrain()
         if self._average is not None:
             self._average.update(update)
         log.update(update + 1, lines, tally, optimizer.param_groups[0]["lr"], time.monotonic() - started)
@@ -248,7 +254,11 @@ class Trainer:
             domain_B = torch.full((len(frames),), spec.domains.index(batch.domain))
         whole = batch.whole or {d: len(frames) for d in (batch.domain,) if d is not None}
         labels = batch.labels.to(self.device, non_blocking=True)
-        return Clips(frames, labels, batch.domain, domain_B.to(self.device), whole, partner_B, own_share)
+        streams = {
+            name: StreamTokens(s.tokens_BMD.to(self.device), s.mask_BM.to(self.device))
+            for name, s in batch.streams.items()
+        }
+        return Clips(frames, labels, batch.domain, domain_B.to(self.device), whole, partner_B, own_share, streams)
 
     def _after_update(self, optimizer: Any, log: MetricsLog) -> None:
         """Write the checkpoint, then validate: what ends the run meanwhile costs no update."""
@@ -310,7 +320,8 @@ class Trainer:
             console.say(f"update {update}: val {', '.join(shown)}")
             self.progress.last_scores = scores
             mean = total / len(scores)  # NaN, of a split in which no clip decodes, is greater than nothing
-            if mean > (-math.inf if self.progress.best_score is None else self.progress.best_score):
+            best = -math.inf if self.progress.best_score is None else self.progress.best_score
+            if self._final and mean > best:
                 self.progress.best_score = mean
                 self.progress.best_update = update
                 self.progress.best_seconds = self.progress.seconds

@@ -20,13 +20,15 @@ from mdltool.losses.targets import mixed_targets
 from mdltool.losses.weighting import UncertaintyWeights
 from mdltool.model import MultiDomainModel
 from mdltool.tasks import Task
+from mdltool.types import StreamTokens
 
 
 @dataclass(frozen=True)
 class Clips:
     """A micro-batch on its device, mixed where the recipe mixes.
 
-    frames: uint8 [B, C, T, H, W], or normalised floats. labels, domain, domain_B, whole: as of types.Batch.
+    frames: uint8 [B, C, T, H, W], or normalised floats. labels, domain, domain_B, whole, streams: as of
+    types.Batch.
     partner_B: int64 [B], whom each clip is mixed with, and own_share, what is left of itself; None: not mixed.
     """
 
@@ -37,6 +39,7 @@ class Clips:
     whole: Mapping[str, int]
     partner_B: Tensor | None = None
     own_share: float = 1.0
+    streams: Mapping[str, StreamTokens] = field(default_factory=dict)
 
     def partners(self) -> Tensor:
         """partner_B; each clip itself where none is mixed."""
@@ -119,7 +122,7 @@ class TaskObjective(Objective):
     def forward(self, model: MultiDomainModel, clips: Clips, number: int = 0) -> Part:
         domain = clips.domain
         assert domain is not None, "batches of several domains want another objective"
-        logits_BN = full(model(clips.frames, domain))
+        logits_BN = full(model(clips.frames, domain, clips.streams))
         task = self.tasks[domain]
         total = task.loss(logits_BN, self._targets(clips, task, logits_BN.shape[1]), "sum")
         losses = {domain: (total.detach(), len(clips.labels))}

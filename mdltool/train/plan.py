@@ -23,12 +23,16 @@ Validate = Callable[[MultiDomainModel], Mapping[str, Mapping[str, float]]]
 
 @dataclass(frozen=True)
 class StepSpec:
-    """One step of a recipe: what trains, for how many updates, and how."""
+    """One step of a recipe: what trains, for how many updates, and how. adapters: the types that train; None: as
+    the regime says. mute: types that stay out of the output.
+    """
 
     regime: str
     updates: int
     optimizer: OptimizerSpec
     schedule: ScheduleSpec
+    adapters: tuple[str, ...] | None = None
+    mute: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mdltool.artifact import Artifact, Draft, Input, begin, open_artifact
+from mdltool.artifact import Artifact, Completed, Draft, Input, begin, open_artifact
 from mdltool.errors import Elsewhere, MdlError
 from mdltool.train.distributed import World, broadcast_object
 
@@ -22,6 +22,7 @@ def begin_together(
     inputs: Iterable[Input],
     request: Mapping[str, Any],
     resume: str = "never",
+    completed: Completed = dict,
 ) -> Artifact | Draft | None:
     """`begin` on rank 0 alone, for its lock admits one process.
 
@@ -33,7 +34,9 @@ def begin_together(
     fault: MdlError | None = None
     if world.is_main:
         try:
-            draft = begin(out, kind=kind, stage=stage, inputs=inputs, request=request, resume=resume)
+            draft = begin(
+                out, kind=kind, stage=stage, inputs=inputs, request=request, resume=resume, completed=completed
+            )
         except MdlError as error:
             fault = error
     fault, whole = broadcast_object((fault, isinstance(draft, Artifact)), world)

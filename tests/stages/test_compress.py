@@ -19,9 +19,10 @@ from mdltool.artifact import Artifact, begin, open_artifact
 from mdltool.compress import ranks
 from mdltool.compress.factoring import MATRICISE, decompositions, factor_specs, factored, site_weights
 from mdltool.compress.ranks import Choice, Weight
+from mdltool.counting import count
 from mdltool.domain_pack import read_pack
 from mdltool.errors import MdlError
-from mdltool.model import MultiDomainModel, build_model, count
+from mdltool.model import MultiDomainModel, build_model
 from mdltool.model_store import extended, load_model, reduced, write_model_json
 from mdltool.recipe import load
 from mdltool.stages import compress, fuse
