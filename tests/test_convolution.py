@@ -1,12 +1,16 @@
-"""Convolutions of clips that are shorter than their kernel."""
+"""Convolutions that a CPU gets wrong: clips that are shorter than the kernel, strided taps of few channels."""
 
 from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from mdltool.convolution import PaddedConv3d, pad_short_inputs
+from mdltool.convolution import PaddedConv3d, PointConv2d, pad_short_inputs
 from tests.memory import soil
 
 CASES = [  # kernel, clip (T, H, W), stride, dilation
@@ -60,3 +64,39 @@ def test_state_and_other_paddings_stay() -> None:
     pad_short_inputs(net)
     torch.testing.assert_close(net(clip), expected)
     assert list(net.state_dict()) == keys
+
+
+CRASHED = """
+import torch
+from mdltool.convolution import PointConv2d
+for inputs in (4, 8, 12):
+    layer = PointConv2d(inputs, 16, 1, stride=2, bias=False)
+    x = torch.randn(16, inputs, 72, 72).contiguous(memory_format=torch.channels_last).requires_grad_()
+    layer(x).square().sum().backward()
+    print(float(x.grad[:, :, 1::2].abs().sum()), float(layer.weight.grad.abs().sum()) > 0)
+"""
+
+
+def test_few_channels_that_lie_last_do_not_crash_the_process() -> None:
+    ran = subprocess.run([sys.executable, "-c", CRASHED], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout.split()) == (0, 3 * ["0.0", "True"]), ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "stride"), [(8, (7, 6), (2, 2)), (3, (5, 5), (3, 1)), (16, (7, 6), 2)]
+)
+def test_a_strided_tap_is_the_frameworks(channels: int, size: tuple[int, int], stride: Any) -> None:
+    torch.manual_seed(0)
+    theirs = nn.Conv2d(channels, 5, 1, stride, bias=False).double()
+    ours = PointConv2d(channels, 5, 1, stride, bias=False).double()
+    ours.load_state_dict(theirs.state_dict())
+    x, z = (
+        torch.randn(2, channels, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        for _ in "xz"
+    )
+    y = [layer(part.requires_grad_()) for layer, part in ((theirs, x), (ours, z))]
+    torch.testing.assert_close(y[1], y[0], rtol=1e-12, atol=1e-12)
+    for part in y:
+        part.square().sum().backward()
+    torch.testing.assert_close(z.grad, x.grad, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ours.weight.grad, theirs.weight.grad, rtol=1e-12, atol=1e-12)

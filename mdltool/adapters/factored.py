@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mdltool.convolution import conv3d
+from mdltool.convolution import conv2d, conv3d
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class FactoredConv(nn.Module):
         return self._taps(x, self.weight(), self.bias)
 
     def _taps(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        form: Any = functional.conv2d if weight.ndim == 4 else conv3d
+        form: Any = conv2d if weight.ndim == 4 else conv3d
         y: Tensor = form(x, weight, bias, self.stride, self.padding, self.dilation)
         return y
 

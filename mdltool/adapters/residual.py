@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mdltool.adapters.base import Adapter, AdapterOptions, Inner, NotFoldable
 from mdltool.adapters.domain_norm import affine_of
 from mdltool.adapters.factored import Axes, value
+from mdltool.convolution import PointConv2d
 from mdltool.errors import MdlError
 from mdltool.types import Place, Site
 
@@ -73,7 +74,7 @@ class ResidualAdapter(Adapter):
         outputs = site.shape.out_channels
         groups = site.shape.groups if options.grouped == "diagonal" else 1
         self._groups = groups
-        form: Any = _of(site, nn.Conv2d, nn.Conv3d)
+        form: Any = _of(site, PointConv2d, nn.Conv3d)
         self.matrix = form(inputs, outputs, 1, stride, groups=groups, bias=False)
         std = {"he": math.sqrt(2 / outputs), "zero": 0.0, "small": 1e-3}[options.init]
         nn.init.normal_(self.matrix.weight, std=std)
