@@ -33,6 +33,7 @@ from mdltool.train.loop import MetricsLog
 from tests.adapters.test_contract import clip
 from tests.adapters.test_factored import CASES, fresh, multiplied_out
 from tests.conftest import Ran, World
+from tests.processes import start
 
 HALF = compress.Amount(rank=0.5)
 
@@ -493,3 +494,26 @@ def test_the_scale_moves_no_product(tmp_path: Path) -> None:
         assert torch.allclose(lengths, torch.ones(2).double()) == (scale == "right")
     torch.testing.assert_close(products["left"], products["right"], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(products["left"], products["sqrt"], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.full
+def test_two_processes_fine_tune_as_one(world: World, mdltool: Callable[..., Ran], tmp_path: Path) -> None:
+    plain = ("heads.dropout=0.0", "train.steps.0.updates=1", "val.every=0")
+    sets = [word for key in plain for word in ("--set", key)]
+    dense = mdltool(*world.train_words(), *sets, "--out", tmp_path / "dense").path
+    words = ["compress", dense, "--rank", 2, "--finetune", 3, "--workers", 0, "--work", world.work]
+    # Under AdamW rounding alone would move biases before a BatchNorm, whose gradient is zero, by the whole rate.
+    for key in ("train.sync_bn=true", "val.every=0", "train.steps.0.optimizer={name: sgd, lr: 0.01}"):
+        words.extend(("--set", key))
+    one = mdltool(*words, "--out", tmp_path / "one").path
+    processes = start(2, "mdltool", *words, "--out", tmp_path / "two")
+    ended = [(*process.communicate(timeout=120), process.returncode) for process in processes]
+    assert [code for *_, code in ended] == [0, 0], ended
+    before = mdltool("compress", dense, "--rank", 2, "--work", world.work, "--out", tmp_path / "s").path
+    start_of = load_model(open_artifact(before)).tensors()
+    ours, theirs = (load_model(open_artifact(tmp_path / name)).tensors() for name in ("two", "one"))
+    for key, expected in theirs.items():
+        torch.testing.assert_close(ours[key], expected, rtol=1e-3, atol=1e-5, msg=key)
+    assert open_artifact(one).summary["parameters"] == open_artifact(tmp_path / "two").summary["parameters"]
+    moved = {key for key, tensor in start_of.items() if not torch.equal(tensor, ours[key])}
+    assert {key for key in ours if key.endswith((".private", "head/weight"))} <= moved
