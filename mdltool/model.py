@@ -128,6 +128,7 @@ class MultiDomainModel(nn.Module):
             mean, std = self._pixel_statistics(list(counts))
             frames_BCTHW = (frames_BCTHW.to(mean.dtype) / 255 - mean) / std
         features_BPF: Tensor = self.backbone(frames_BCTHW)
+        self.route.streams = {}  # which hold on to a training step's graph
         return features_BPF
 
     def _pixel_statistics(self, counts: Sequence[tuple[str | None, int]]) -> tuple[Tensor, Tensor]:

@@ -423,9 +423,8 @@ def test_only_the_named_types_train_and_the_frozen_ones_are_in_eval_mode() -> No
     assert all(
         m.training for s, w in model.sites.items() if model.types[s] == "prefix" for m in w.adapters.modules()
     )
-    model.route.streams = {}
-    model.features(x, "a", given)
-    assert not model.route.streams, "nothing reads them yet"
+    counted = [("a", 3)]
+    assert not model.embedders.routed(given, counted, x.dtype), "nothing reads them yet"
     model.apply_regime("frozen", "frozen", adapters=["caa"])
     model.train()
     for site, wrapper in model.sites.items():
@@ -433,8 +432,9 @@ def test_only_the_named_types_train_and_the_frozen_ones_are_in_eval_mode() -> No
         assert all(p.requires_grad == own for p in wrapper.adapters.parameters())
         assert all(m.training == own for m in wrapper.adapters.values())
     assert all(p.requires_grad for p in model.heads.parameters())
-    model.features(x, "a", given)
-    assert set(model.route.streams["a"]) == {"audio", "flow"}
+    assert set(model.embedders.routed(given, counted, x.dtype)["a"]) == {"audio", "flow"}
+    model(x, "a", given)
+    copy.deepcopy(model)  # nothing of the step's graph is held
     randomise(model)
     model.apply_regime("heads", "frozen")
     assert not model.embedders.idle, "what was trained is used, also where it does not train"
