@@ -47,8 +47,11 @@ def _print(about: str, found: dict[str, Any], paper: bool) -> None:
     parts = ["backbone", "heads", "adapters", "total", "norms", "trainable"]
     if counts["projection"]:
         parts.insert(1, "projection")
+    if counts["streams"]:
+        parts.insert(parts.index("total"), "streams")
     notes = {
-        "total": "backbone + heads + adapters",
+        "total": "backbone + heads + adapters" + (" + streams" if counts["streams"] else ""),
+        "streams": "the streams' embedders",
         "projection": "not used and not in the total; some papers count it",
         "norms": "shared over domains, in no column of the paper",
         "trainable": f"{found['percent_of_backbone']:.1f}% of the backbone",

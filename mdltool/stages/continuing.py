@@ -97,7 +97,7 @@ def finetuning(
         whole = last.updates or (last.epochs or 0) * order_of(recipe, clips).epoch
     schedule["milestones"] = [max(1, round(m * updates / whole)) for m in schedule["milestones"]]
     schedule["warmup"] = round(schedule["warmup"] * updates / whole)
-    step |= {"regime": "frozen", "updates": updates, "epochs": None, "schedule": schedule}
+    step |= {"regime": "frozen", "adapters": None, "updates": updates, "epochs": None, "schedule": schedule}
     content = {
         **stored,
         "published": None,
