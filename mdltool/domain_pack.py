@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from mdltool.errors import MdlError
 from mdltool.files import digest_of
 from mdltool.model_spec import ModelSpec, spec_with_defaults
-from mdltool.types import StreamSpec
+from mdltool.types import LabelSpace, StreamSpec
 
 SCHEMA = 1
 KIND = "domain"
@@ -45,8 +45,7 @@ class DomainPack:
     """
 
     domain: str
-    task: str
-    classes: tuple[str, ...]
+    space: LabelSpace
     outputs: int
     model: Mapping[str, Any]
     backbone: str
@@ -69,8 +68,7 @@ class DomainPack:
             "schema": SCHEMA,
             "kind": KIND,
             "domain": self.domain,
-            "task": self.task,
-            "classes": list(self.classes),
+            **self.space.as_json(),
             "outputs": self.outputs,
             "model": self.model,
             "backbone": self.backbone,
@@ -167,8 +165,7 @@ def read_pack(path: str | Path, verify: bool = False) -> DomainPack:
         digest = header["digest"]
         pack = DomainPack(
             domain=str(header["domain"]),
-            task=str(header["task"]),
-            classes=tuple(map(str, header["classes"])),
+            space=LabelSpace.from_json(header),
             outputs=int(header["outputs"]),
             model=dict(header["model"]),
             backbone=str(header["backbone"]),

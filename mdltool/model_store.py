@@ -26,7 +26,7 @@ from mdltool.files import write_text
 from mdltool.model import MultiDomainModel, build_model
 from mdltool.model_spec import ModelSpec, build_backbone
 from mdltool.train.checkpoint import save_tensors
-from mdltool.types import StreamSpec
+from mdltool.types import LabelSpace, StreamSpec
 
 # which weights -> without what a model has none of them
 WEIGHTS = {"last": "", "best": "validation", "ema": "train.ema"}
@@ -51,20 +51,24 @@ def write_model_json(
     folder: Path,
     spec: ModelSpec,
     recipe: Mapping[str, Any],
-    classes: Mapping[str, tuple[str, ...]],
+    spaces: Mapping[str, LabelSpace],
     own_backbone: bool,
     parameters: Mapping[str, Any],
 ) -> None:
     """Everything but the tensors: enough to rebuild the model and to say what it is."""
-    domains = {d: {"task": recipe["domains"][d]["task"], "classes": list(names)} for d, names in classes.items()}
     content = {
         "spec": spec.to_json(),
         "recipe": recipe,
-        "domains": domains,
+        "domains": {domain: space.as_json() for domain, space in spaces.items()},
         "own_backbone": own_backbone,
         "parameters": parameters,
     }
     write_text(folder / "model.json", json.dumps(content, indent=1))
+
+
+def label_spaces(content: Mapping[str, Any]) -> dict[str, LabelSpace]:
+    """Domain -> its labels, of a model.json."""
+    return {domain: LabelSpace.from_json(entry) for domain, entry in content["domains"].items()}
 
 
 def load_model(artifact: Artifact, weights: str = "last", work: Path | None = None) -> MultiDomainModel:

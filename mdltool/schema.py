@@ -72,12 +72,12 @@ class NormalizePart(Part):
 
 
 class DomainPart(Part):
-    """classes: how many; needed by `describe`, otherwise read from the shards and checked against them. weight: of
-    the domain's loss. weight_decay: of its own parameters, where it is not the optimizer's. sampling, flip, views,
-    crop: of this domain, where they are not those of `data.sampling`, `data.augment.flip`, `views.grid` and
-    `data.crop`. short_side: of this domain's frames, in training and in every test. augment: `none` trains on the
-    centre crop of the test protocol, without flips and all else. normalize: where it is not the backbone's.
-    streams: which of the recipe's its clips may have; null: all.
+    """classes: how many, verbs and nouns together; needed by `describe`, otherwise read from the shards and checked
+    against them. weight: of the domain's loss. weight_decay: of its own parameters, where it is not the
+    optimizer's. sampling, flip, views, crop: of this domain, where they are not those of `data.sampling`,
+    `data.augment.flip`, `views.grid` and `data.crop`. short_side: of this domain's frames, in training and in every
+    test. augment: `none` trains on the centre crop of the test protocol, without flips and all else. normalize:
+    where it is not the backbone's. streams: which of the recipe's its clips may have; null: all.
     """
 
     task: str = "single_label"

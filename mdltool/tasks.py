@@ -1,16 +1,22 @@
-"""Tasks: what a domain's labels are. A task owns the loss, the size of the head and the metrics."""
+"""Tasks: what a domain's labels are. A task owns the loss, the size of the head and the metrics.
+
+Shape suffixes: B batch, M clips, N outputs, V verbs, A actions (valid pairs of verb and noun).
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from mdltool.errors import MdlError
+from mdltool.losses.targets import mixed_targets
 from mdltool.registry import Table
+from mdltool.types import LabelSpace
 
 TASKS = Table(
     "task",
@@ -18,20 +24,35 @@ TASKS = Table(
         "single_label": "mdltool.tasks:SingleLabel",
         "multi_label": "mdltool.tasks:MultiLabel",
         "regression": "mdltool.tasks:Regression",
+        "verb_noun": "mdltool.tasks:VerbNoun",
     },
 )
+
+_AT_ONCE = 1024  # clips whose scores of all actions are in memory together
+
+
+def task_of(space: LabelSpace) -> Task:
+    """The task of a domain's labels. Raises MdlError for a name that is no task's."""
+    task: Task = TASKS.load(space.task).of(space)
+    return task
 
 
 class Task(ABC):
     """Loss, head size, scores and metrics of one kind of label.
 
-    Labels of M clips are int64 [M] of single_label, and [M, N] of the others: 0 or 1 for each class, or the value
-    of each target. headline: the metric by which weights are compared; higher_is_better: in which direction.
+    Labels of M clips are int64 [M] of single_label, int64 [M, 2] of verb_noun, and [M, N] of the others: 0 or 1 for
+    each class, or the value of each target. headline: the metric by which weights are compared; higher_is_better:
+    in which direction.
     """
 
     name: ClassVar[str]
     headline: ClassVar[str]
     higher_is_better: ClassVar[bool] = True
+
+    @classmethod
+    def of(cls, space: LabelSpace) -> Self:
+        """The task of these labels."""
+        return cls()
 
     @abstractmethod
     def outputs(self, num_classes: int) -> int:
@@ -39,7 +60,16 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, logits_BN: Tensor, labels: Tensor, reduction: str) -> Tensor:
-        """The batch's loss, a scalar; reduction: mean or sum over the batch."""
+        """The batch's loss, a scalar; reduction: mean or sum over the batch. labels: hard, or as soft_labels."""
+
+    @abstractmethod
+    def soft_labels(
+        self, labels: Tensor, outputs: int, partner_B: Tensor, own_share: float, smoothing: float
+    ) -> Tensor:
+        """float32 [B, N] targets of a batch: own_share of a clip's own, the rest its partner's, smoothed.
+
+        outputs is N. Raises MdlError for labels of another shape.
+        """
 
     @abstractmethod
     def probabilities(self, logits_BN: Tensor) -> Tensor:
@@ -55,6 +85,7 @@ class Task(ABC):
 
         single_label: {"accuracy": [N], "clips": [N], "confusion": [N][N]}, rows true. multi_label:
         {"average_precision": [N], "clips": [N]}, clips with the class. regression: {"mse": [N], "clips": [N]}.
+        verb_noun: as single_label, of verbs and nouns side by side: no verb is taken for a noun.
         """
 
 
@@ -69,6 +100,13 @@ class SingleLabel(Task):
 
     def loss(self, logits_BN: Tensor, labels: Tensor, reduction: str) -> Tensor:
         return functional.cross_entropy(logits_BN, labels, reduction=reduction)
+
+    def soft_labels(
+        self, labels: Tensor, outputs: int, partner_B: Tensor, own_share: float, smoothing: float
+    ) -> Tensor:
+        """Rows sum to 1, with smoothing / N on every class."""
+        domain_B = torch.zeros_like(labels)
+        return mixed_targets(labels, domain_B, {"": outputs}, partner_B, own_share, smoothing=smoothing)[""]
 
     def probabilities(self, logits_BN: Tensor) -> Tensor:
         return logits_BN.softmax(dim=-1)
@@ -109,9 +147,17 @@ class MultiLabel(Task):
 
     def loss(self, logits_BN: Tensor, labels: Tensor, reduction: str) -> Tensor:
         """A clip's loss is the mean over classes; labels may be soft."""
-        targets_BN = _each_output(logits_BN, labels, self.name)
+        targets_BN = _of_shape(labels, logits_BN.shape, self.name).to(logits_BN.dtype)
         loss_BN = functional.binary_cross_entropy_with_logits(logits_BN, targets_BN, reduction="none")
         return _reduced(loss_BN, reduction)
+
+    def soft_labels(
+        self, labels: Tensor, outputs: int, partner_B: Tensor, own_share: float, smoothing: float
+    ) -> Tensor:
+        """Smoothed towards 1/2, which is the two-class rule for each class."""
+        targets_BN = _of_shape(labels, (len(partner_B), outputs), self.name).float()
+        targets_BN = targets_BN * (1 - smoothing) + smoothing / 2
+        return own_share * targets_BN + (1 - own_share) * targets_BN[partner_B]
 
     def probabilities(self, logits_BN: Tensor) -> Tensor:
         return logits_BN.sigmoid()
@@ -144,8 +190,15 @@ class Regression(Task):
 
     def loss(self, logits_BN: Tensor, labels: Tensor, reduction: str) -> Tensor:
         """A clip's loss is the mean over targets."""
-        targets_BN = _each_output(logits_BN, labels, self.name)
+        targets_BN = _of_shape(labels, logits_BN.shape, self.name).to(logits_BN.dtype)
         return _reduced((logits_BN - targets_BN).square(), reduction)
+
+    def soft_labels(
+        self, labels: Tensor, outputs: int, partner_B: Tensor, own_share: float, smoothing: float
+    ) -> Tensor:
+        """There are no classes to smooth."""
+        targets_BN = _of_shape(labels, (len(partner_B), outputs), self.name).float()
+        return own_share * targets_BN + (1 - own_share) * targets_BN[partner_B]
 
     def probabilities(self, logits_BN: Tensor) -> Tensor:
         return logits_BN
@@ -167,15 +220,95 @@ class Regression(Task):
         return {"mse": mse, "clips": [clips] * targets}
 
 
-def _each_output(logits_BN: Tensor, labels: Tensor, task: str) -> Tensor:
-    """Labels [B, N] in the logits' dtype. Raises MdlError for labels of another shape."""
-    if labels.shape != logits_BN.shape:
+class VerbNoun(Task):
+    """A verb and a noun per clip: the sum of two cross-entropies (spec cm3t 2.7, 5.2).
+
+    The head's outputs are the verbs and then the nouns, and so are the scores, a softmax of each. An action is a
+    valid pair; its score is p(verb) p(noun), and it is right where both are. actions: the pairs (verb, noun).
+    """
+
+    name = "verb_noun"
+    headline = "action_top1"
+
+    def __init__(self, verbs: int, nouns: int, actions: Sequence[tuple[int, int]]) -> None:
+        self.sizes = (verbs, nouns)
+        self.pairs_A2 = torch.tensor(actions, dtype=torch.long).reshape(-1, 2)
+        self._action_VN = torch.full(self.sizes, -1)
+        self._action_VN[tuple(self.pairs_A2.T)] = torch.arange(len(self.pairs_A2))
+
+    @classmethod
+    def of(cls, space: LabelSpace) -> Self:
+        return cls(space.verbs, len(space.classes) - space.verbs, space.actions)
+
+    def outputs(self, num_classes: int) -> int:
+        return num_classes
+
+    def loss(self, logits_BN: Tensor, labels: Tensor, reduction: str) -> Tensor:
+        of_verb, of_noun = logits_BN.split(self.sizes, dim=1)
+        soft = labels.is_floating_point()
+        verbs, nouns = labels.split(self.sizes, dim=1) if soft else self._two(labels).unbind(1)
+        total = functional.cross_entropy(of_verb, verbs, reduction=reduction)
+        return total + functional.cross_entropy(of_noun, nouns, reduction=reduction)
+
+    def soft_labels(
+        self, labels: Tensor, outputs: int, partner_B: Tensor, own_share: float, smoothing: float
+    ) -> Tensor:
+        """The soft targets of the verbs and those of the nouns, each as single_label's."""
+        single, columns = SingleLabel(), self._two(labels).unbind(1)
+        parts = zip(columns, self.sizes, strict=True)
+        return torch.cat([single.soft_labels(c, n, partner_B, own_share, smoothing) for c, n in parts], dim=1)
+
+    def probabilities(self, logits_BN: Tensor) -> Tensor:
+        return torch.cat([part.softmax(dim=-1) for part in logits_BN.split(self.sizes, dim=-1)], dim=-1)
+
+    def action_scores(self, scores_MN: Tensor) -> Tensor:
+        """float64 [M, A]: p(verb) p(noun) of the valid pairs; they need not sum to 1."""
+        of_verb, of_noun = scores_MN.double().split(self.sizes, dim=-1)
+        return of_verb[..., self.pairs_A2[:, 0]] * of_noun[..., self.pairs_A2[:, 1]]
+
+    def metrics(self, scores_MN: Tensor, labels_M: Tensor, wrong_M: Tensor | None = None) -> dict[str, float]:
+        """Top-1 and top-5 of verbs, nouns and actions. Where a clip's pair is not valid, no action is right."""
+        usable_M = torch.ones(len(labels_M), dtype=torch.bool) if wrong_M is None else ~wrong_M
+        found = {}
+        for name, ranks_M in self._ranks(scores_MN, self._two(labels_M)).items():
+            for k in (1, 5):
+                hits_M = (ranks_M < k) & usable_M
+                found[f"{name}_top{k}"] = float(hits_M.double().mean()) if len(hits_M) else 0.0
+        return found
+
+    def _ranks(self, scores_MN: Tensor, labels_M2: Tensor) -> dict[str, Tensor]:
+        """verb, noun, action -> how many stand before the true one in each row."""
+        of_verb, of_noun = scores_MN.split(self.sizes, dim=1)
+        action_M = self._action_VN[tuple(labels_M2.T)]
+        parts = zip(scores_MN.split(_AT_ONCE), action_M.clamp(min=0).split(_AT_ONCE), strict=True)
+        of_action = [_ranks(self.action_scores(scores), actions) for scores, actions in parts]
+        never = len(self.pairs_A2) + 5  # behind any k
+        return {
+            "verb": _ranks(of_verb, labels_M2[:, 0]),
+            "noun": _ranks(of_noun, labels_M2[:, 1]),
+            "action": torch.cat(of_action).where(action_M >= 0, never),
+        }
+
+    def per_class(self, scores_MN: Tensor, labels_M: Tensor, wrong_M: Tensor | None = None) -> dict[str, Any]:
+        columns = zip(scores_MN.split(self.sizes, dim=1), self._two(labels_M).unbind(1), strict=True)
+        verb, noun = (SingleLabel().per_class(scores, labels, wrong_M) for scores, labels in columns)
+        squares = (torch.tensor(part["confusion"]) for part in (verb, noun))
+        both = {name: verb[name] + noun[name] for name in ("accuracy", "clips")}
+        return {**both, "confusion": torch.block_diag(*squares).tolist()}
+
+    def _two(self, labels: Tensor) -> Tensor:
+        return _of_shape(labels, (len(labels), 2), self.name)
+
+
+def _of_shape(labels: Tensor, shape: Sequence[int], task: str) -> Tensor:
+    """The labels. Raises MdlError for labels of another shape."""
+    if tuple(labels.shape) != tuple(shape):
         raise MdlError(
-            f"labels of shape {list(labels.shape)} for outputs of shape {list(logits_BN.shape)}",
+            f"labels of shape {list(labels.shape)} where {list(shape)} are wanted",
             f"task {task}",
-            "this task needs a value for every output; use shards made for it, or task: single_label",
+            "use shards made for this task, or task: single_label",
         )
-    return labels.to(logits_BN.dtype)
+    return labels
 
 
 def _reduced(loss_BN: Tensor, reduction: str) -> Tensor:

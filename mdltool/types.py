@@ -19,7 +19,8 @@ STREAM_KINDS = ("audio", "flow", "text")
 
 Label = int | tuple[int, ...] | tuple[float, ...]
 """By task: single_label: the class's number, from 0. multi_label: the numbers of the clip's classes, increasing.
-regression: each target's value. In JSON the last two are lists."""
+regression: each target's value. verb_noun: the numbers of its verb and its noun. In JSON all but the first are
+lists."""
 
 
 def is_image(name: Path | str) -> bool:
@@ -57,7 +58,7 @@ class Clip:
 class Listing:
     """What an annotation format found: classes in label order, clips, and what it noticed.
 
-    classes: of a regression, the names of its targets. missing: (key, reason) of listed clips whose file is not
+    classes, task, verbs, actions: as LabelSpace has them. missing: (key, reason) of listed clips whose file is not
     there. notes: sentences printed to the user (label base, classes seen against listed, ...). excluded: how many
     listed clips were left out at the user's wish.
     """
@@ -68,6 +69,12 @@ class Listing:
     notes: tuple[str, ...] = ()
     task: str = "single_label"
     excluded: int = 0
+    verbs: int = 0
+    actions: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def space(self) -> LabelSpace:
+        return LabelSpace(self.task, self.classes, self.verbs, self.actions)
 
 
 @dataclass(frozen=True)
@@ -173,12 +180,37 @@ class StreamTokens:
 
 
 @dataclass(frozen=True)
-class Domain:
-    """A dataset with its label space and task; adapters and head hang on its name."""
+class LabelSpace:
+    """A domain's task and what its labels can be; index.json, model.json and a domain's file say it alike.
 
-    name: str
+    classes: names in label order; of a regression, of its targets; of verb_noun, the verbs and then the nouns, as
+    the head's outputs are. verbs: how many of them are verbs, 0 for other tasks. actions: of verb_noun, the valid
+    pairs of verb and noun, sorted.
+    """
+
     task: str
     classes: tuple[str, ...]
+    verbs: int = 0
+    actions: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> LabelSpace:
+        """Of what `as_json` gave, among other keys."""
+        actions = tuple((int(verb), int(noun)) for verb, noun in entry.get("actions", ()))
+        return cls(str(entry["task"]), tuple(map(str, entry["classes"])), int(entry.get("verbs", 0)), actions)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; the last two of verb_noun alone, so that the files of other tasks stay what they are."""
+        own = {"verbs": self.verbs, "actions": [list(pair) for pair in self.actions]} if self.verbs else {}
+        return {"task": self.task, "classes": list(self.classes), **own}
+
+    @property
+    def row_names(self) -> list[str]:
+        """A name for each class that no other has: a verb and a noun may be one word."""
+        return [
+            f"{'verb' if i < self.verbs else 'noun'} {name}" if self.verbs else name
+            for i, name in enumerate(self.classes)
+        ]
 
 
 @dataclass
@@ -186,12 +218,13 @@ class Batch:
     """Clips on their way to the model: this process's micro-batch of one whole batch.
 
     domain: of all clips; None where several are mixed. frames: uint8 [B, C, T, H, W], values 0..255, not
-    normalised. labels: int64 [B] of single_label; else float32 [B, N]: 0 or 1 for each class, or each target's
-    value. keys: the clips' keys. positions: each clip's position in its domain's endless stream. skipped: (key,
-    reason) of clips that could not be decoded and were passed over for the next of the stream. domain_B: int64
-    [B], each clip's domain by its number among the recipe's; None: all of `domain`. whole: domain -> clips of the
-    whole batch, over all processes and micro-batches. number: of the whole batch, in its update. partner_B: int64
-    [B], whom each clip is mixed with, where clips are mixed. streams: by name, those of any of the batch's domains.
+    normalised. labels: int64 [B] of single_label, int64 [B, 2] of verb_noun; else float32 [B, N]: 0 or 1 for each
+    class, or each target's value. keys: the clips' keys. positions: each clip's position in its domain's endless
+    stream. skipped: (key, reason) of clips that could not be decoded and were passed over for the next of the
+    stream. domain_B: int64 [B], each clip's domain by its number among the recipe's; None: all of `domain`. whole:
+    domain -> clips of the whole batch, over all processes and micro-batches. number: of the whole batch, in its
+    update. partner_B: int64 [B], whom each clip is mixed with, where clips are mixed. streams: by name, those of
+    any of the batch's domains.
     """
 
     domain: str | None

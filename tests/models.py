@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,9 +14,11 @@ FRAMES, CROP = 4, 32
 
 
 def tiny_spec(
-    adapter: str | None = "2plus1d", sites: Any = "all", domains: tuple[str, ...] = ("a", "b"), **changes: Any
+    adapter: str | None = "2plus1d", sites: Any = "all", domains: Iterable[str] = ("a", "b"), **changes: Any
 ) -> ModelSpec:
-    """A ModelSpec of x3d_tiny; changes: adapter options by `options`, the rest fields of ModelSpec."""
+    """A ModelSpec of x3d_tiny; domains: with their outputs, or of three each; changes: adapter options by
+    `options`, the rest fields of ModelSpec.
+    """
     options = changes.pop("options", {})
     adapters = [AdapterSpec(adapter, sites, options)] if adapter else []
     fields: dict[str, Any] = {
@@ -23,7 +26,7 @@ def tiny_spec(
         "backbone_options": {},
         "num_frames": FRAMES,
         "crop": CROP,
-        "domains": dict.fromkeys(domains, 3),
+        "domains": dict(domains) if isinstance(domains, Mapping) else dict.fromkeys(domains, 3),
         "adapters": adapters,
         "bn": "shared",
         "dropout": 0.0,

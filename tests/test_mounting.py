@@ -19,6 +19,7 @@ from mdltool.domain_pack import DomainPack, content_digest, model_form, read_pac
 from mdltool.errors import MdlError
 from mdltool.model import MultiDomainModel, build_model
 from mdltool.model_spec import ModelSpec
+from mdltool.types import LabelSpace
 from mdltool.wrapping import library_tensors
 from tests.adapters.test_factored import factored
 from tests.models import clips, tiny_model, tiny_spec
@@ -28,8 +29,7 @@ def packed(model: MultiDomainModel, domain: str) -> DomainPack:
     own = model.tensors(with_backbone=False)
     return DomainPack(
         domain,
-        "single_label",
-        tuple(f"class {i}" for i in range(model.spec.domains[domain])),
+        LabelSpace("single_label", tuple(f"class {i}" for i in range(model.spec.domains[domain]))),
         model.spec.domains[domain],
         model_form(model.spec),
         **model.digests(),

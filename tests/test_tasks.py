@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from mdltool.errors import MdlError
-from mdltool.tasks import TASKS, MultiLabel, Regression, SingleLabel
+from mdltool.tasks import TASKS, MultiLabel, Regression, SingleLabel, VerbNoun, task_of
+from mdltool.types import LabelSpace
+
+PAIRS = ((0, 0), (0, 1), (1, 1))
 
 
 def test_metrics_against_numpy() -> None:
@@ -130,10 +133,12 @@ def test_regression_without_clips_knows_nothing() -> None:
 
 @pytest.mark.parametrize("name", TASKS)
 def test_every_task(name: str) -> None:
-    task = TASKS.load(name)()
+    own = {"verbs": 2, "actions": PAIRS} if name == "verb_noun" else {}
+    task = task_of(LabelSpace(name, ("a", "b", "c", "d"), **own))
     assert task.name == name
     assert task.outputs(4) == 4
     labels = torch.tensor([0, 3]) if name == "single_label" else torch.tensor([[0, 1, 0, 1], [1, 0, 0, 1]])
+    labels = labels[:, :2] if name == "verb_noun" else labels
     logits = torch.randn(2, 4, requires_grad=True)
     mean, total = task.loss(logits, labels, "mean"), task.loss(logits, labels, "sum")
     torch.testing.assert_close(total, 2 * mean)
@@ -145,5 +150,78 @@ def test_every_task(name: str) -> None:
 
 @pytest.mark.parametrize("task", [MultiLabel(), Regression()])
 def test_labels_of_another_shape_are_named(task: MultiLabel | Regression) -> None:
-    with pytest.raises(MdlError, match=r"labels of shape \[2\] for outputs of shape \[2, 4\]"):
+    with pytest.raises(MdlError, match=r"labels of shape \[2\] where \[2, 4\] are wanted"):
         task.loss(torch.randn(2, 4), torch.tensor([0, 3]), "mean")
+
+
+def test_verb_noun_and_action_by_hand() -> None:
+    """Verbs take, put; nouns cup, pan. Valid: take cup, take pan, put pan."""
+    task = VerbNoun(2, 2, PAIRS)
+    scores = torch.tensor(
+        [
+            [0.6, 0.4, 0.6, 0.4],  # 0.36, 0.24, 0.16: take cup, which is right
+            [0.4, 0.6, 0.7, 0.3],  # 0.28, 0.12, 0.18: take cup; put cup, the best of both, is not valid
+            [0.1, 0.9, 0.2, 0.8],  # put pan, which is right
+            [0.9, 0.1, 0.9, 0.1],  # put pan is the last of the three
+        ],
+        dtype=torch.float64,
+    )
+    labels = torch.tensor([[0, 0], [0, 0], [1, 1], [1, 1]])
+    np.testing.assert_allclose(task.action_scores(scores[:2]), [[0.36, 0.24, 0.16], [0.28, 0.12, 0.18]])
+    found = task.metrics(scores, labels)
+    assert (found["verb_top1"], found["noun_top1"], found["action_top1"]) == (0.5, 0.75, 0.75)
+    assert found["verb_top5"] == found["noun_top5"] == found["action_top5"] == 1.0
+    gone = torch.tensor([False, False, True, False])
+    missing = task.metrics(scores, labels, gone)
+    assert (missing["verb_top1"], missing["noun_top1"], missing["action_top1"]) == (0.25, 0.5, 0.5)
+    assert missing["action_top5"] == 0.75
+    unheard = task.metrics(scores, torch.tensor([[1, 0]] * 4))
+    assert (unheard["action_top5"], unheard["verb_top5"]) == (0.0, 1.0), "no valid pair, no right action"
+    per_class = task.per_class(scores, labels, gone)
+    assert per_class["accuracy"] == [0.5, 0.0, 1.0, 0.0]
+    assert per_class["clips"] == [2, 2, 2, 2]
+    assert per_class["confusion"] == [[1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 2, 0], [0, 0, 1, 0]]
+
+
+def test_verb_noun_metrics_against_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mdltool.tasks._AT_ONCE", 7)
+    rng = np.random.default_rng(0)
+    verbs, nouns, clips = 9, 11, 120
+    pairs = sorted(
+        {(int(v), int(n)) for v, n in zip(rng.integers(0, verbs, 40), rng.integers(0, nouns, 40), strict=True)}
+    )
+    task = VerbNoun(verbs, nouns, pairs)
+    scores = task.probabilities(torch.from_numpy(rng.normal(size=(clips, verbs + nouns)))).numpy()
+    np.testing.assert_allclose([scores[:, :verbs].sum(1), scores[:, verbs:].sum(1)], np.ones((2, clips)))
+    actions = rng.integers(0, len(pairs), clips)
+    labels = np.array(pairs)[actions]
+    of_actions = np.stack([scores[:, v] * scores[:, verbs + n] for v, n in pairs], axis=1)
+    found = task.metrics(torch.from_numpy(scores), torch.from_numpy(labels))
+    parts = {"verb": (scores[:, :verbs], labels[:, 0]), "noun": (scores[:, verbs:], labels[:, 1])}
+    for name, (own, true) in {**parts, "action": (of_actions, actions)}.items():
+        order = np.argsort(-own, axis=1)
+        for k in (1, 5):
+            assert found[f"{name}_top{k}"] == pytest.approx((order[:, :k] == true[:, None]).any(1).mean())
+
+
+def test_the_loss_of_verb_and_noun_is_their_sum() -> None:
+    logits = torch.randn(5, 7, dtype=torch.float64)
+    labels = torch.tensor([[0, 3], [2, 0], [1, 1], [2, 2], [0, 0]])
+    by_hand = -(
+        logits[:, :3].log_softmax(1)[range(5), labels[:, 0]] + logits[:, 3:].log_softmax(1)[range(5), labels[:, 1]]
+    )
+    task = VerbNoun(3, 4, [(0, 0)])
+    assert float(task.loss(logits, labels, "mean")) == pytest.approx(float(by_hand.mean()))
+    assert float(task.loss(logits, labels, "sum")) == pytest.approx(float(by_hand.sum()))
+    with pytest.raises(MdlError, match=r"labels of shape \[5\] where \[5, 2\] are wanted"):
+        task.loss(logits, labels[:, 0], "mean")
+
+
+def test_labels_are_the_same_after_json() -> None:
+    for space in (
+        LabelSpace("multi_label", ("x", "y")),
+        LabelSpace("verb_noun", ("roll", "cut", "roll"), 2, ((0, 0),)),
+    ):
+        assert LabelSpace.from_json(space.as_json()) == space
+        assert len(set(space.row_names)) == len(space.classes)
+    assert LabelSpace("regression", ("o",)).as_json() == {"task": "regression", "classes": ["o"]}

@@ -38,6 +38,7 @@ def predict(
     """Labels for video and image files, a line each: `video<TAB>label<TAB>score`; with --json one object a video.
 
     Of a domain with several labels a clip the scores are each class's own; of a regression, every target's value.
+    Of verbs and nouns the actions are listed; --json has the verbs and the nouns too.
     """
     import json
 

@@ -6,6 +6,7 @@ No torch here: planning and inspection read indices too. Nothing is unpickled an
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import json
 import tarfile
@@ -18,7 +19,7 @@ import numpy as np
 from mdltool.artifact import Artifact
 from mdltool.errors import MdlError
 from mdltool.remote import Url, read_range
-from mdltool.types import STREAM_KINDS, StreamInfo
+from mdltool.types import STREAM_KINDS, LabelSpace, StreamInfo
 
 _META = "json"
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -27,11 +28,11 @@ _FLOAT32_MAX = float(np.finfo(np.float32).max)
 class ShardIndex:
     """The clips of a shards artifact, in the order of their shards. Picklable; opens files when it reads.
 
-    domain, split, task: str. classes: names in label order, or a regression's targets. files: the shards' names.
-    keys: [M]. labels: int64 [M] of single_label; float32 [M, N] of the others: 0 or 1 for each class, or each
-    target's value. shard_of (position in files), offsets, sizes (bytes, tar headers included): int64 [M].
-    raw_sizes: int64 [M], the last bytes of `sizes`, in which the raw streams lie. streams: by name, in the order of
-    the recipe. digest: the artifact's. lengths: bytes of each shard.
+    domain, split: str. space: the task and its classes. files: the shards' names. keys: [M]. labels: int64 [M] of
+    single_label; int64 [M, 2] of verb_noun; float32 [M, N] of the others: 0 or 1 for each class, or each target's
+    value. shard_of (position in files), offsets, sizes (bytes, tar headers included): int64 [M]. raw_sizes: int64
+    [M], the last bytes of `sizes`, in which the raw streams lie. streams: by name, in the order of the recipe.
+    digest: the artifact's. lengths: bytes of each shard.
     """
 
     def __init__(self, folder: Path | Url, digest: str, content: dict[str, Any]) -> None:
@@ -39,8 +40,7 @@ class ShardIndex:
         self.digest = digest
         self.domain = _typed(content, "domain", str)
         self.split = _typed(content, "split", str)
-        self.task = _typed(content, "task", str)
-        self.classes = tuple(str(name) for name in _typed(content, "classes", list))
+        self.space = _space(content)
         shards = _typed(content, "shards", list)
         self.files = [_typed(shard, "file", str) for shard in shards]
         members = [(i, member) for i, shard in enumerate(shards) for member in _typed(shard, "members", list)]
@@ -53,7 +53,7 @@ class ShardIndex:
         self.raw_sizes = np.array([_raw_size(member) for _, member in members], dtype=np.int64)
         self.streams = {name: _stream(entry) for name, entry in _optional(content, "streams", dict).items()}
         self.lengths: list[int] = []
-        self.labels = _labels(self.task, [member for _, member in members], len(self.classes))
+        self.labels = _labels(self.space, [member for _, member in members])
 
     @classmethod
     def open(cls, artifact: Artifact) -> ShardIndex:
@@ -70,6 +70,15 @@ class ShardIndex:
             raise _damaged(artifact.path, "two clips have the same key")
         return index
 
+    @property
+    def task(self) -> str:
+        return self.space.task
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names in label order, as LabelSpace has them."""
+        return self.space.classes
+
     def __len__(self) -> int:
         return len(self.keys)
 
@@ -84,7 +93,7 @@ class ShardIndex:
     def of_classes(self, numbers: np.ndarray) -> ShardIndex:
         """The clips of some classes of single_label, which are numbered anew. numbers: int64, the classes' own."""
         found = self.take(np.flatnonzero(np.isin(self.labels, numbers)))
-        found.classes = tuple(self.classes[number] for number in numbers)
+        found.space = dataclasses.replace(self.space, classes=tuple(self.classes[number] for number in numbers))
         renumbered = np.full(len(self.classes), -1, dtype=np.int64)
         renumbered[numbers] = np.arange(len(numbers))
         found.labels = renumbered[found.labels]
@@ -161,8 +170,30 @@ class ShardIndex:
             raise _damaged(path, "index.json points outside this file")
 
 
-def _labels(task: str, members: Sequence[Any], count: int) -> np.ndarray:
-    """ShardIndex.labels. count: of classes or targets. Raises KeyError, TypeError or ValueError for bad ones."""
+def _space(content: dict[str, Any]) -> LabelSpace:
+    """ShardIndex.space. Raises KeyError, TypeError or ValueError where it is not what LabelSpace says."""
+    for name, kind in (("task", str), ("classes", list)):
+        _typed(content, name, kind)
+    if content["task"] == "verb_noun":
+        verbs, nouns = _typed(content, "verbs", int), len(content["classes"]) - content["verbs"]
+        pairs = [tuple(_pair(pair, verbs, nouns)) for pair in _typed(content, "actions", list)]
+        if not pairs or pairs != sorted(set(pairs)):
+            raise ValueError("'actions' has not each valid pair once and in order")
+    return LabelSpace.from_json(content)
+
+
+def _pair(given: Any, verbs: int, nouns: int) -> list[int]:
+    """The numbers of a verb and a noun."""
+    if not isinstance(given, list) or [type(number) for number in given] != [int, int]:
+        raise TypeError(f"{given!r:.40} is no pair of a verb's and a noun's number")
+    if not (0 <= given[0] < verbs and 0 <= given[1] < nouns):
+        raise ValueError(f"the pair {given} is outside the class list")
+    return given
+
+
+def _labels(space: LabelSpace, members: Sequence[Any]) -> np.ndarray:
+    """ShardIndex.labels. Raises KeyError, TypeError or ValueError for bad ones."""
+    task, count = space.task, len(space.classes)
     if task == "single_label":
         labels = np.array([_typed(member, "label", int) for member in members], dtype=np.int64)
         _check_classes(labels, count)
@@ -170,6 +201,9 @@ def _labels(task: str, members: Sequence[Any], count: int) -> np.ndarray:
         labels = np.zeros((len(members), count), np.float32)
         for row, member in zip(labels, members, strict=True):
             row[_class_numbers(member, count)] = 1
+    elif task == "verb_noun":
+        given = [_pair(_typed(member, "label", list), space.verbs, count - space.verbs) for member in members]
+        labels = np.array(given, dtype=np.int64).reshape(-1, 2)
     elif task == "regression":
         labels = np.empty((len(members), count), np.float32)
         for row, member in zip(labels, members, strict=True):

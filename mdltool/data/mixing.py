@@ -1,7 +1,7 @@
 """Mixup and CutMix of a batch on its device: one draw per batch (spec multitrain 5.3).
 
-Targets of a batch of several domains are in losses/targets.py; here are those of one domain's batch.
-Shape suffixes: B clips, C channels, T frames, H height, W width, N outputs.
+Targets are the task's (tasks.Task.soft_labels), of a batch of several domains in losses/targets.py.
+Shape suffixes: B clips, C channels, T frames, H height, W width.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from mdltool.errors import MdlError
-from mdltool.losses.targets import mixed_targets
 
 Box = tuple[int, int, int, int]
 
@@ -83,29 +82,3 @@ def apply(frames_BCTHW: Tensor, partner_B: Tensor, mix: Mix) -> Tensor:
         return frames_BCTHW
     sum_BCTHW = frames_BCTHW.float().mul_(mix.own_share)
     return sum_BCTHW.add_(frames_BCTHW[partner_B], alpha=1 - mix.own_share).round_().to(torch.uint8)
-
-
-def mixed_labels(
-    labels: Tensor, num_classes: int, partner_B: Tensor, own_share: float, smoothing: float, task: str
-) -> Tensor:
-    """float32 [B, N] soft targets of one domain's batch: own_share of a clip's own, the rest its partner's.
-
-    single_label: labels int64 [B]; rows sum to 1, with smoothing / N on every class. multi_label: labels [B, N] of
-    0 or 1, smoothed towards 1/2, which is the two-class rule for each class. regression: values [B, N], which have
-    no classes to smooth. num_classes is N. Raises MdlError for another task or shape.
-    """
-    if task == "single_label":
-        domain_B = torch.zeros_like(labels)
-        return mixed_targets(labels, domain_B, {"": num_classes}, partner_B, own_share, smoothing=smoothing)[""]
-    if task not in ("multi_label", "regression"):
-        raise MdlError(f"labels of task '{task}' cannot be mixed", None, "turn mixup, cutmix and smoothing off")
-    if labels.shape != (len(partner_B), num_classes):
-        raise MdlError(
-            f"labels of shape {list(labels.shape)} where {len(partner_B)} clips have {num_classes} outputs",
-            f"task {task}",
-            "this task needs a value for every output; use shards made for it",
-        )
-    targets_BN = labels.float()
-    if task == "multi_label":
-        targets_BN = targets_BN * (1 - smoothing) + smoothing / 2
-    return own_share * targets_BN + (1 - own_share) * targets_BN[partner_B]

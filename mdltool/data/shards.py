@@ -19,7 +19,7 @@ from mdltool.data.formats.common import clip_name
 from mdltool.data.tar import ReadFault, TarWriter
 from mdltool.data.workers import Failed
 from mdltool.files import write_text
-from mdltool.types import Clip, Label
+from mdltool.types import Clip, Label, LabelSpace
 
 SHARD_PREFIX = "shard-"
 
@@ -119,17 +119,15 @@ class Naming:
 
     domain: str
     split: str
-    classes: tuple[str, ...]
+    space: LabelSpace
     source: Path
-    task: str = "single_label"
 
     def as_index(self) -> dict[str, Any]:
         """What begins index.json."""
         return {
             "domain": self.domain,
             "split": self.split,
-            "task": self.task,
-            "classes": list(self.classes),
+            **self.space.as_json(),
         }
 
     def metadata(self, clip: Clip) -> dict[str, Any]:
@@ -143,10 +141,14 @@ class Naming:
         }
 
     def _class_names(self, label: Label) -> dict[str, Any]:
+        space = self.space
         if isinstance(label, int):
-            return {"class": self.classes[label]}
-        if self.task == "multi_label":
-            return {"class": [self.classes[int(number)] for number in label]}
+            return {"class": space.classes[label]}
+        if space.task == "multi_label":
+            return {"class": [space.classes[int(number)] for number in label]}
+        if space.task == "verb_noun":
+            verb, noun = map(int, label)
+            return {"verb": space.classes[verb], "noun": space.classes[space.verbs + noun]}
         return {}  # a value is of no class; the index names the targets
 
     def unusable(self, clip: Clip, reason: str) -> Unusable:

@@ -13,15 +13,18 @@ from mdltool.data.index import ShardIndex
 def subset_of(index: ShardIndex, fraction: float, per_class: int | None, seed: int) -> ShardIndex:
     """The index with a share of each class's clips, at least one, or with `per_class` clips of each where given.
 
-    Clips of multi_label and regression are one class. The clips of a class have one order, by the sha256 of seed
-    and key, and a subset is its beginning: so a smaller subset lies within every larger one, whatever the shards.
+    Clips of multi_label and regression are one class, those of verb_noun are of their verb's. The clips of a class
+    have one order, by the sha256 of seed and key, and a subset is its beginning: so a smaller subset lies within
+    every larger one, whatever the shards.
     """
     if fraction == 1 and per_class is None:
         return index
     ranks = [hashlib.sha256(f"{seed}/{key}".encode()).digest() for key in index.keys]
     groups: dict[int, list[int]] = {}
+    by_verb = index.task == "verb_noun"
     for row in sorted(range(len(index)), key=ranks.__getitem__):
-        groups.setdefault(int(index.labels[row]) if index.labels.ndim == 1 else 0, []).append(row)
+        label = index.labels[row, 0] if by_verb else index.labels[row] if index.labels.ndim == 1 else 0
+        groups.setdefault(int(label), []).append(row)
     chosen = [row for rows in groups.values() for row in rows[: _count(len(rows), fraction, per_class)]]
     return index.take(np.array(sorted(chosen), dtype=np.int64))
 

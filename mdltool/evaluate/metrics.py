@@ -15,6 +15,12 @@ from mdltool.evaluate.scores import DomainScores, labels_of, tensors_of
 from mdltool.tasks import Task
 
 METRICS = {
+    "action_top1": "action top-1 %",
+    "action_top5": "action top-5 %",
+    "verb_top1": "verb top-1 %",
+    "verb_top5": "verb top-5 %",
+    "noun_top1": "noun top-1 %",
+    "noun_top5": "noun top-5 %",
     "top1": "top-1 %",
     "top5": "top-5 %",
     "mean_class": "mean class %",
@@ -40,15 +46,13 @@ def domain_report(
     A metric of no clips at all is None.
     """
     scores, labels, wrong = tensors_of(found, index, count_missing)
-    per_class = task.per_class(scores, labels, wrong)
+    per_class, names = task.per_class(scores, labels, wrong), index.space.row_names
     confusion = per_class.pop("confusion", None)
     metrics = task.metrics(scores, labels, wrong)
     entry = {
         "task": task.name,
         "metrics": {name: None if math.isnan(value) else value for name, value in metrics.items()},
-        "per_class": {
-            name: {key: values[i] for key, values in per_class.items()} for i, name in enumerate(index.classes)
-        },
+        "per_class": {name: {key: values[i] for key, values in per_class.items()} for i, name in enumerate(names)},
         "clips": {
             "listed": len(index),
             "evaluated": len(found.keys),
@@ -72,17 +76,29 @@ def write_scores(path: Path, found: Mapping[str, DomainScores], indices: Mapping
     """scores.parquet: domain, key, label, score_0 ..., and label_0 ... where a domain has several labels a clip.
 
     label: the class's number of single_label, else null. label_i: 0 or 1 for class i, or the value of target i;
-    null of single_label. Domains with fewer classes leave the rest of score_i and label_i null.
+    null of the other tasks. verb, noun: the numbers of verb_noun, where a domain is of it. Domains with fewer
+    classes leave the rest of score_i and label_i null.
     """
+    columns = _of_clips(found, indices)
+    columns |= _columns("score", [scores.tolist() for d in found.values() for scores in d.scores])
+    pq.write_table(pa.table(columns), path)
+
+
+def _of_clips(found: Mapping[str, DomainScores], indices: Mapping[str, ShardIndex]) -> dict[str, pa.Array]:
+    """The columns of scores.parquet that name the clips and their labels."""
     labels = [label for domain, d in found.items() for label in labels_of(indices[domain], d.keys).tolist()]
+    paired = [indices[domain].task == "verb_noun" for domain, d in found.items() for _ in d.keys]
     columns: dict[str, pa.Array] = {
         "domain": pa.array([domain for domain, d in found.items() for _ in d.keys], pa.string()),
         "key": pa.array([key for d in found.values() for key in d.keys], pa.string()),
         "label": pa.array([label if isinstance(label, int) else None for label in labels], pa.int64()),
     }
-    columns |= _columns("label", [[] if isinstance(label, int) else label for label in labels])
-    columns |= _columns("score", [scores.tolist() for d in found.values() for scores in d.scores])
-    pq.write_table(pa.table(columns), path)
+    if any(paired):
+        for i, name in enumerate(("verb", "noun")):
+            numbers = [label[i] if pair else None for label, pair in zip(labels, paired, strict=True)]
+            columns[name] = pa.array(numbers, pa.int64())
+    several = [[] if pair or isinstance(label, int) else label for label, pair in zip(labels, paired, strict=True)]
+    return columns | _columns("label", several)
 
 
 def _columns(name: str, rows: Sequence[Sequence[float]]) -> dict[str, pa.Array]:

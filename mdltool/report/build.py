@@ -13,7 +13,7 @@ from mdltool.evaluate.metrics import METRICS, shown
 from mdltool.lineage import Node
 from mdltool.report import branches, page, plots
 
-_HEADLINES = {"top1": "top-1, %", "map": "mAP, %", "mse": "MSE"}
+_HEADLINES = {"top1": "top-1, %", "action_top1": "action top-1, %", "map": "mAP, %", "mse": "MSE"}
 _OURS = {"mean_mse": "mse"}  # a paper's name of a metric: ours
 _FRACTIONS = ("map",)
 # By task: the key in per_class, how it is called, and what it is of.
@@ -21,6 +21,7 @@ _PER_CLASS = {
     "single_label": ("accuracy", "accuracy, %", "class"),
     "multi_label": ("average_precision", "average precision, %", "class"),
     "regression": ("mse", "MSE", "target"),
+    "verb_noun": ("accuracy", "accuracy, %", "verb or noun"),
 }
 
 

@@ -18,6 +18,7 @@ from mdltool.model import MultiDomainModel
 from mdltool.model_store import (
     extended,
     find_backbone,
+    label_spaces,
     load_model,
     refuse_fused,
     seeded,
@@ -33,6 +34,7 @@ from mdltool.train.checkpoint import save_tensors
 from mdltool.train.distributed import join_world
 from mdltool.train.plan import Progress
 from mdltool.train.together import begin_together, open_together
+from mdltool.types import LabelSpace
 
 
 def run(
@@ -91,8 +93,8 @@ def run(
     progress = fit(recipe, model, data, partial_path(out), own_backbone=own, workers=workers, scope=scope)
     if draft is not None:
         save_tensors(draft.path / "weights" / "last.safetensors", stored_tensors(model.to("cpu"), own))
-        classes = {name: tuple(entry["classes"]) for name, entry in content["domains"].items()} | {domain: names}
-        _commit(draft, model, whole, classes, own, progress)
+        spaces = label_spaces(content) | {domain: data[domain].train_index.space}
+        _commit(draft, model, whole, spaces, own, progress)
     return open_together(world, out, "model")
 
 
@@ -113,16 +115,16 @@ def _commit(
     draft: Draft,
     model: MultiDomainModel,
     recipe: dict[str, Any],
-    classes: dict[str, tuple[str, ...]],
+    spaces: dict[str, LabelSpace],
     own_backbone: bool,
     progress: Progress,
 ) -> None:
-    write_model_json(draft.path, model.spec, recipe, classes, own_backbone, model.parameter_counts())
+    write_model_json(draft.path, model.spec, recipe, spaces, own_backbone, model.parameter_counts())
     write_text(draft.path / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
     summary = {
         "recipe": recipe["name"],
-        "added": list(classes)[-1],
-        "domains": {name: {"classes": len(entry)} for name, entry in classes.items()},
+        "added": list(spaces)[-1],
+        "domains": {name: {"classes": len(space.classes)} for name, space in spaces.items()},
         "updates": progress.update,
         "seconds": round(progress.seconds, 2),
         "val": progress.last_scores,

@@ -20,7 +20,7 @@ from mdltool.compress.factoring import Decomposed, SiteWeight, decompositions, f
 from mdltool.compress.ranks import Choice
 from mdltool.files import write_text
 from mdltool.model_spec import ModelSpec
-from mdltool.model_store import WEIGHTS, refuse_fused
+from mdltool.model_store import WEIGHTS, label_spaces, refuse_fused
 from mdltool.stages.compression import (
     Amount,
     Finetune,
@@ -164,9 +164,8 @@ def _commit(
     draft: Draft, job: _Job, spec: ModelSpec, table: Sequence[dict[str, Any]], progress: Progress | None
 ) -> Artifact:
     content = job.source.load_json("model.json")
-    classes = {name: entry["classes"] for name, entry in content["domains"].items()}
     write_text(draft.path / "compression.json", json.dumps({"weights": table}, indent=1))
     asked = {key: value for key, value in asdict(job.amount).items() if value is not None}
-    summary = describe_model(draft, spec, content["recipe"], classes, bool(content["own_backbone"]))
+    summary = describe_model(draft, spec, content["recipe"], label_spaces(content), bool(content["own_backbone"]))
     summary |= {"compressed": totals(table) | asked, **progress_summary(progress)}
     return draft.commit(summary, volatile=("metrics.jsonl", "tensorboard"), drop=("checkpoints", _START))

@@ -37,6 +37,7 @@ from mdltool.stages.fitting import DomainData, Scope, announced_parts, check_dom
 from mdltool.train.checkpoint import save_tensors
 from mdltool.train.distributed import join_world
 from mdltool.train.plan import Progress
+from mdltool.types import LabelSpace
 
 
 @dataclass(frozen=True)
@@ -145,19 +146,18 @@ def finetuned(
 
 
 def describe_model(
-    draft: Draft, spec: ModelSpec, recipe: Mapping[str, Any], classes: Mapping[str, Sequence[str]], own: bool
+    draft: Draft, spec: ModelSpec, recipe: Mapping[str, Any], spaces: Mapping[str, LabelSpace], own: bool
 ) -> dict[str, Any]:
     """Write model.json and recipe.yaml. Returns what the summary says of every model."""
     with torch.device("meta"):
         model = build_model(spec)
         model.apply_regime("frozen", spec.bn)
         counts = model.parameter_counts()
-    names = {domain: tuple(entry) for domain, entry in classes.items()}
-    write_model_json(draft.path, spec, recipe, names, own, counts)
+    write_model_json(draft.path, spec, recipe, spaces, own, counts)
     write_text(draft.path / "recipe.yaml", yaml.safe_dump(dict(recipe), sort_keys=False))
     return {
         "recipe": recipe["name"],
-        "domains": {name: {"classes": len(entry)} for name, entry in classes.items()},
+        "domains": {name: {"classes": len(space.classes)} for name, space in spaces.items()},
         "parameters": {key: value for key, value in counts.items() if key != "per_domain"},
     }
 

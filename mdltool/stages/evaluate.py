@@ -26,7 +26,7 @@ from mdltool.model_store import load_model
 from mdltool.schema import Recipe
 from mdltool.stages.fitting import check_domain
 from mdltool.stages.plan import eval_views, grid_of, modalities
-from mdltool.tasks import TASKS
+from mdltool.tasks import task_of
 from mdltool.train.distributed import World, gather_objects, join_world
 from mdltool.train.together import begin_together, open_together
 
@@ -116,7 +116,7 @@ def _score(
         world=world.size,
         modalities=modalities(recipe, domain),
     )
-    task = TASKS.load(recipe.domains[domain].task)()
+    task = task_of(index.space)
     mine = len(range(world.rank, len(index), world.size))
     with console.progress(f"eval {domain}", mine) as advance:
         own = score_domain(
@@ -141,13 +141,12 @@ def _report(
     head: dict[str, Any],
     precision: str,
 ) -> dict[str, Any]:
-    """The contents of metrics.json and confusion.json, which has the domains of single labels."""
+    """The contents of metrics.json and confusion.json, which has the domains of tasks with a confusion."""
     domains, confusion = {}, {}
     for domain, scores in found.items():
         assert scores is not None
         artifact, index = indices[domain]
-        task = TASKS.load(recipe.domains[domain].task)()
-        entry, matrix = domain_report(scores, task, index, recipe.views.on_error == "wrong")
+        entry, matrix = domain_report(scores, task_of(index.space), index, recipe.views.on_error == "wrong")
         entry |= {
             "split": index.split,
             "split_digest": artifact.digest,
@@ -156,7 +155,7 @@ def _report(
         }
         domains[domain] = entry
         if matrix is not None:
-            confusion[domain] = {"classes": list(index.classes), "matrix": matrix}
+            confusion[domain] = {"classes": index.space.row_names, "matrix": matrix}
         _say_collapsed(domain, scores, grids[domain])
     metrics = {**head, "domains": domains, "mean": mean_over_domains(domains), "decathlon": None}
     return {"metrics": metrics, "confusion": confusion}

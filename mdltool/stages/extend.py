@@ -23,7 +23,7 @@ from mdltool.errors import MdlError
 from mdltool.files import write_text
 from mdltool.model import build_model
 from mdltool.model_spec import ModelSpec
-from mdltool.model_store import WEIGHTS, refuse_fused
+from mdltool.model_store import WEIGHTS, label_spaces, refuse_fused
 from mdltool.registry import did_you_mean
 from mdltool.schema import Recipe
 from mdltool.stages.compression import (
@@ -89,10 +89,9 @@ def run(
         scope = Scope(only=job.domain)
         progress = finetuned(spec, folder / _START, source, training, scope, folder, work)
     if draft is not None:
-        classes = {name: entry["classes"] for name, entry in job.old["domains"].items()}
-        classes[job.domain] = job.new["domains"][job.domain]["classes"]
+        spaces = label_spaces(job.old) | {job.domain: label_spaces(job.new)[job.domain]}
         write_text(draft.path / "extension.json", json.dumps({"weights": table}, indent=1))
-        summary = describe_model(draft, spec, recipe, classes, bool(job.old["own_backbone"]))
+        summary = describe_model(draft, spec, recipe, spaces, bool(job.old["own_backbone"]))
         summary |= {"added": job.domain, "grown": grow, "lost": lost(table), **progress_summary(progress)}
         draft.commit(summary, volatile=("metrics.jsonl", "tensorboard"), drop=("checkpoints", _START))
     return open_together(world, out, "model")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +34,7 @@ from mdltool.stages.plan import (
     train_transform,
     val_views,
 )
-from mdltool.tasks import TASKS, Task
+from mdltool.tasks import TASKS, Task, task_of
 from mdltool.train.checkpoint import save_tensors
 from mdltool.train.distributed import World, broadcast_object, gather_objects, gather_rows, join_world
 from mdltool.train.log import make_accelerator
@@ -42,6 +42,9 @@ from mdltool.train.loop import Trainer
 from mdltool.train.objective import MultitrainObjective, Objective, Smoothing, TaskObjective
 from mdltool.train.optim import OptimizerSpec, ScheduleSpec
 from mdltool.train.plan import Headline, Loader, Progress, RunParts, StepSpec, TrainSpec, Validate
+from mdltool.types import LabelSpace
+
+_PAIRS = "shard every split with the annotation files of all splits side by side"
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class DomainData:
 
 
 def check_domain(artifact: Artifact, index: ShardIndex, domains: Mapping[str, Any]) -> None:
-    """Raise MdlError for shards of a domain, classes or a task that model.json does not say of the model."""
+    """Raise MdlError for shards of a domain, labels or a task that model.json does not say of the model."""
     if index.domain not in domains:
         fix = did_you_mean(index.domain, domains)
         raise MdlError(f"the model has no domain '{index.domain}'", artifact.path, fix)
@@ -71,6 +74,8 @@ def check_domain(artifact: Artifact, index: ShardIndex, domains: Mapping[str, An
     if index.task != task:
         what = f"{index.domain}: these shards are of the task {index.task}, the model is of {task}"
         raise MdlError(what, artifact.path, "give shards of the model's task")
+    if index.space != LabelSpace.from_json(domains[index.domain]):
+        raise MdlError(f"{index.domain}: these shards have other actions than the model", artifact.path, _PAIRS)
 
 
 def gather_data(recipe: Recipe, shards: Iterable[Artifact]) -> dict[str, DomainData]:
@@ -116,12 +121,20 @@ def sort_shards(recipe: Recipe, shards: Iterable[Artifact]) -> dict[str, DomainD
                 artifact.path,
                 f"--set domains.{name}.classes={len(index.classes)}",
             )
-        if name in val and val[name][1].classes != index.classes:
-            raise MdlError(f"{name}: train and val have different classes", val[name][0].path, "use one class list")
+        if name in val:
+            _check_alike(index, *val[name])
         found[name] = DomainData(
             artifact, val[name][0] if name in val else None, index, val.get(name, (0, None))[1]
         )
     return found
+
+
+def _check_alike(train: ShardIndex, artifact: Artifact, val: ShardIndex) -> None:
+    """Raise MdlError unless both splits have the same labels."""
+    if val.classes != train.classes or val.space.verbs != train.space.verbs:
+        raise MdlError(f"{val.domain}: train and val have different classes", artifact.path, "use one class list")
+    if val.space.actions != train.space.actions:
+        raise MdlError(f"{val.domain}: train and val have different actions", artifact.path, _PAIRS)
 
 
 def wanted(recipe: Recipe, index: ShardIndex) -> ShardIndex:
@@ -185,15 +198,16 @@ def train_spec(recipe: Recipe, bn: str, order: Order, clips: Mapping[str, int]) 
 
 
 def objective_of(
-    recipe: Recipe, features: int, classes: Mapping[str, Sequence[str]], world: World, order: Order
+    recipe: Recipe, features: int, spaces: Mapping[str, LabelSpace], world: World, order: Order
 ) -> Objective:
-    """What the recipe minimises. features: the embedding's width; classes: names by domain."""
+    """What the recipe minimises. features: the embedding's width; spaces: labels by domain."""
     part, augment = multitrain_spec(recipe), recipe.data.augment
     smoothing = Smoothing(augment.smoothing, augment.smooth_classes, augment.mix_scope)
     if part is None:
-        tasks = {name: TASKS.load(domain.task)() for name, domain in recipe.domains.items()}
+        tasks = {name: task_of(spaces[name]) for name in recipe.domains}
         weights = {name: domain.weight for name, domain in recipe.domains.items()}
         return TaskObjective(tasks, weights, recipe.losses.reduction, recipe.losses.domain_average, smoothing)
+    classes = {name: space.classes for name, space in spaces.items()}
     outputs = {name: len(names) for name, names in classes.items()}
     criterion = MultitrainLoss(features, outputs, part, classes)
     exact = recipe.losses.inf is None or recipe.losses.inf.accum == "exact"
@@ -257,8 +271,8 @@ def fit(
     order = order_of(recipe, {name: len(data[name].train_index) for name in recipe.domains})
     spec = train_spec(recipe, model.spec.bn, order, {name: part.clips for name, part in data.items()})
     spec = _within(spec, scope) if scope is not None else spec
-    classes = {name: data[name].train_index.classes for name in recipe.domains}
-    objective = objective_of(recipe, model.backbone.feature_dim, classes, world, order)
+    spaces = {name: data[name].train_index.space for name in recipe.domains}
+    objective = objective_of(recipe, model.backbone.feature_dim, spaces, world, order)
     share = share_of(recipe, world.rank, world.size)
     accelerator = make_accelerator(recipe.train.precision, folder, world)
     parts = RunParts(
@@ -336,7 +350,7 @@ def score_split(
     recipe: Recipe, model: MultiDomainModel, domain: str, index: ShardIndex, workers: int, world: World
 ) -> dict[str, float]:
     """The task's metrics and its loss, which is over the clips that decode; NaN where none does."""
-    task = TASKS.load(recipe.domains[domain].task)()
+    task = task_of(index.space)
     loader = ViewLoader(
         index,
         val_views(recipe, domain),

@@ -21,6 +21,7 @@ from mdltool.model_spec import ModelSpec
 from mdltool.model_store import (
     WEIGHTS,
     find_backbone,
+    label_spaces,
     load_model,
     read_tensors,
     refuse_fused,
@@ -30,6 +31,7 @@ from mdltool.model_store import (
 from mdltool.registry import did_you_mean
 from mdltool.stages.plan import without_domain
 from mdltool.train.checkpoint import save_tensors
+from mdltool.types import LabelSpace
 
 ORIGINAL = "original"  # the folder with what --undo needs
 REACH = 1e-4  # of the largest difference of logits, relative to the largest logit
@@ -59,7 +61,7 @@ def run(
     draft = begin(out, kind="model", stage="fuse", inputs=inputs, request=request)
     if isinstance(draft, Artifact):
         return draft
-    recipe, classes = _alone(content, domain)
+    recipe, spaces = _alone(content, domain)
     original = draft.path / ORIGINAL
     with draft:
         if keep_original:
@@ -70,14 +72,14 @@ def run(
             _check(model, domain, fold_bn, source)
             if not keep_original and (not own or (not fold_bn and is_sum(model, domain))):
                 save_tensors(original / _file(weights), _own_tensors(model, domain, own))
-                _describe(original, model.spec, recipe, classes, own)
+                _describe(original, model.spec, recipe, spaces, own)
             model, difference[weights] = _fuse(model, domain, fold_bn, draft.path / _file(weights))
-        write_model_json(draft.path, model.spec, recipe, classes, True, model.parameter_counts())
+        write_model_json(draft.path, model.spec, recipe, spaces, True, model.parameter_counts())
         write_text(draft.path / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
         summary = {
             "recipe": recipe["name"],
             "fused": f"domain {domain}",
-            "domains": {domain: {"classes": len(classes[domain])}},
+            "domains": {domain: {"classes": len(spaces[domain].classes)}},
             "difference": difference,
             "undo": "no" if not original.is_dir() else "the model" if keep_original else "the domain alone",
         }
@@ -128,12 +130,12 @@ def _chosen(domains: Mapping[str, Any], domain: str | None, source: Artifact) ->
     return domain
 
 
-def _alone(content: Mapping[str, Any], domain: str) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]]:
-    """The recipe and the classes of a model.json for one domain."""
+def _alone(content: Mapping[str, Any], domain: str) -> tuple[dict[str, Any], dict[str, LabelSpace]]:
+    """The recipe and the labels of a model.json for one domain."""
     recipe = content["recipe"]
     for other in [name for name in content["domains"] if name != domain]:
         recipe = without_domain(recipe, other)
-    return recipe, {domain: tuple(content["domains"][domain]["classes"])}
+    return recipe, {domain: label_spaces(content)[domain]}
 
 
 def _weights(files: Mapping[str, Any]) -> list[str]:
@@ -208,13 +210,13 @@ def _own_tensors(model: MultiDomainModel, domain: str, own: bool) -> dict[str, T
 
 
 def _describe(
-    folder: Path, spec: ModelSpec, recipe: dict[str, Any], classes: Mapping[str, tuple[str, ...]], own: bool
+    folder: Path, spec: ModelSpec, recipe: dict[str, Any], spaces: Mapping[str, LabelSpace], own: bool
 ) -> None:
     """The model.json and recipe.yaml of some domains of a model that is not fused."""
-    alone = spec.of(classes)
+    alone = spec.of(spaces)
     with torch.device("meta"):
         counts = build_model(alone).parameter_counts()
-    write_model_json(folder, alone, recipe, classes, own, counts)
+    write_model_json(folder, alone, recipe, spaces, own, counts)
     write_text(folder / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
 
 

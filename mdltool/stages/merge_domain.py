@@ -12,7 +12,14 @@ from mdltool.artifact import Artifact, begin
 from mdltool.domain_pack import DomainPack
 from mdltool.errors import MdlError
 from mdltool.files import write_text
-from mdltool.model_store import find_backbone, load_model, refuse_fused, stored_tensors, write_model_json
+from mdltool.model_store import (
+    find_backbone,
+    label_spaces,
+    load_model,
+    refuse_fused,
+    stored_tensors,
+    write_model_json,
+)
 from mdltool.recipe import validate
 from mdltool.train.checkpoint import save_tensors
 
@@ -25,7 +32,7 @@ def run(source: Artifact, pack: DomainPack, name: str, out: Path, *, weights: st
     """
     content = source.load_json("model.json")
     refuse_fused(content, source.path)
-    domains = {known: tuple(entry["classes"]) for known, entry in content["domains"].items()}
+    domains = label_spaces(content)
     if name in domains:
         raise MdlError(f"the model has a domain '{name}' already", source.path, "give another name: --as NAME")
     recipe = validate(_joined(content["recipe"], name, pack.recipe), pack.where).model_dump(mode="json")
@@ -36,7 +43,7 @@ def run(source: Artifact, pack: DomainPack, name: str, out: Path, *, weights: st
     if isinstance(draft, Artifact):
         return draft
     _announce(content["recipe"]["views"], pack, name)
-    domains[name] = pack.classes
+    domains[name] = pack.space
     with draft:
         model = load_model(source, weights, work)
         model.mount(name, pack)
@@ -46,7 +53,7 @@ def run(source: Artifact, pack: DomainPack, name: str, out: Path, *, weights: st
         summary = {
             "recipe": recipe["name"],
             "added": name,
-            "domains": {known: {"classes": len(classes)} for known, classes in domains.items()},
+            "domains": {known: {"classes": len(space.classes)} for known, space in domains.items()},
         }
         return draft.commit(summary)
 

@@ -13,11 +13,12 @@ from mdltool.data.decode import VideoError
 from mdltool.errors import MdlError
 from mdltool.evaluate.scores import VIEWS_PER_FORWARD, score_mixed
 from mdltool.evaluate.views import load_views
-from mdltool.model_store import load_model
+from mdltool.model_store import label_spaces, load_model
 from mdltool.registry import did_you_mean
 from mdltool.schema import Recipe
 from mdltool.stages.plan import eval_views
-from mdltool.tasks import TASKS, Regression, Task
+from mdltool.tasks import Regression, Task, VerbNoun, task_of
+from mdltool.types import LabelSpace
 
 
 def run(
@@ -35,19 +36,20 @@ def run(
 
     domains: one for all videos, or one for each in their order; none for a model of one domain. batch: views, of
     whatever domains, that go through the model together. score: the softmax probability of single_label, the
-    sigmoid of multi_label. Of a regression, every target in the model's order with its value, whatever topk. Raises
+    sigmoid of multi_label. Of a regression, every target in the model's order with its value, whatever topk. Of
+    verb_noun, top has the actions, "verb noun" with p(verb) p(noun), and verbs and nouns stand beside it. Raises
     MdlError for a video that cannot be decoded, after what came before it.
     """
     content = model_artifact.load_json("model.json")
-    classes = {name: entry["classes"] for name, entry in content["domains"].items()}
+    spaces = label_spaces(content)
     videos = list(videos)
-    chosen = _domain_of_each(domains, len(videos), classes, model_artifact)
+    chosen = _domain_of_each(domains, len(videos), spaces, model_artifact)
     for video in videos:
         if not video.is_file():
             raise MdlError("there is no such video file", video, "check the path")
     recipe = Recipe.model_validate(content["recipe"])
     specs = {name: eval_views(recipe, name, views) for name in set(chosen)}
-    tasks: dict[str, Task] = {name: TASKS.load(recipe.domains[name].task)() for name in specs}
+    tasks: dict[str, Task] = {name: task_of(spaces[name]) for name in specs}
     model = load_model(model_artifact, weights, work)
     waiting: list[tuple[Path, str, Tensor]] = []
 
@@ -55,8 +57,8 @@ def run(
         clips = [(domain, frames) for _, domain, frames in waiting]
         scores = score_mixed(model, clips, tasks, recipe.views.average, batch)
         for (video, domain, _), scores_N in zip(waiting, scores, strict=True):
-            top = _top(tasks[domain], classes[domain], scores_N, topk)
-            yield {"video": str(video), "domain": domain, "task": tasks[domain].name, "top": top}
+            tops = _tops(tasks[domain], spaces[domain], scores_N, topk)
+            yield {"video": str(video), "domain": domain, "task": tasks[domain].name, **tops}
         waiting.clear()
 
     for video, domain in zip(videos, chosen, strict=True):
@@ -90,8 +92,22 @@ def _domain_of_each(
     return list(given) * (videos if len(given) == 1 else 1)
 
 
-def _top(task: Task, classes: Sequence[str], scores_N: Tensor, topk: int) -> list[dict[str, Any]]:
-    order = list(range(len(classes)))
-    if not isinstance(task, Regression):
-        order = scores_N.topk(min(topk, len(classes))).indices.tolist()
-    return [{"label": classes[i], "score": float(scores_N[i])} for i in order]
+def _tops(task: Task, space: LabelSpace, scores_N: Tensor, topk: int) -> dict[str, list[dict[str, Any]]]:
+    """ "top", and what else a task has for a list."""
+    if isinstance(task, Regression):
+        return {"top": _top(space.classes, scores_N, None)}
+    if not isinstance(task, VerbNoun):
+        return {"top": _top(space.classes, scores_N, topk)}
+    verbs, nouns = space.classes[: space.verbs], space.classes[space.verbs :]
+    actions = [f"{verbs[verb]} {nouns[noun]}" for verb, noun in space.actions]
+    return {
+        "top": _top(actions, task.action_scores(scores_N), topk),
+        "verbs": _top(verbs, scores_N[: space.verbs], topk),
+        "nouns": _top(nouns, scores_N[space.verbs :], topk),
+    }
+
+
+def _top(names: Sequence[str], scores_N: Tensor, topk: int | None) -> list[dict[str, Any]]:
+    """The best of the names with their scores, best first; None: all, in their order."""
+    order = range(len(names)) if topk is None else scores_N.topk(min(topk, len(names))).indices.tolist()
+    return [{"label": names[i], "score": float(scores_N[i])} for i in order]

@@ -12,6 +12,7 @@ from mdltool.files import write_text
 from mdltool.model_store import (
     WEIGHTS,
     find_backbone,
+    label_spaces,
     load_model,
     reduced,
     refuse_fused,
@@ -27,7 +28,7 @@ def run(source: Artifact, domain: str, out: Path, *, work: Path) -> Artifact:
     """Write the model without `domain`. Raises MdlError for an unknown domain, and for the only one."""
     content = source.load_json("model.json")
     refuse_fused(content, source.path)
-    domains = {name: tuple(entry["classes"]) for name, entry in content["domains"].items()}
+    domains = label_spaces(content)
     if domain not in domains:
         raise MdlError(f"the model has no domain '{domain}'", source.path, did_you_mean(domain, domains))
     if len(domains) == 1:
@@ -37,7 +38,7 @@ def run(source: Artifact, domain: str, out: Path, *, work: Path) -> Artifact:
     draft = begin(out, kind="model", stage="model rm", inputs=inputs, request={"domain": domain})
     if isinstance(draft, Artifact):
         return draft
-    kept = {name: classes for name, classes in domains.items() if name != domain}
+    kept = {name: space for name, space in domains.items() if name != domain}
     recipe = without_domain(content["recipe"], domain)
     with draft:
         for weights in [name for name in WEIGHTS if f"weights/{name}.safetensors" in source.files]:
@@ -48,6 +49,6 @@ def run(source: Artifact, domain: str, out: Path, *, work: Path) -> Artifact:
         summary = {
             "recipe": recipe["name"],
             "removed": domain,
-            "domains": {n: {"classes": len(c)} for n, c in kept.items()},
+            "domains": {name: {"classes": len(space.classes)} for name, space in kept.items()},
         }
         return draft.commit(summary)

@@ -57,8 +57,7 @@ def outlook(dataset: Dataset, writing: Writing) -> dict[str, Any]:
     return {
         "domain": dataset.domain,
         "split": dataset.split,
-        "task": listing.task,
-        "classes": list(listing.classes),
+        **listing.space.as_json(),
         "clips": len(listing.clips),
         "missing": len(listing.missing),
         "excluded": listing.excluded,
@@ -88,7 +87,7 @@ def run(dataset: Dataset, out: Path, writing: Writing = Writing(), effort: Effor
         if isinstance(draft, Artifact):
             console.say(f"already there and identical: {out}")
             return draft
-        naming = Naming(dataset.domain, dataset.split, listing.classes, dataset.source, listing.task)
+        naming = Naming(dataset.domain, dataset.split, listing.space, dataset.source)
         try:
             shards = _share(planned, writing.part)
             clips = len(listing.clips)
@@ -165,6 +164,8 @@ def _request(dataset: Dataset, listing: Listing, writing: Writing, streams: Stre
         "shard_bytes": writing.shard_bytes,
         "listing": digest_of([listing.classes, sorted(clips), sorted(listing.missing)]),
     }
+    if listing.verbs:
+        request["actions"] = digest_of([listing.verbs, listing.actions])
     if listing.excluded:  # which clips is in the listing
         request["excluded"] = listing.excluded
     if streams is not None:
@@ -232,7 +233,8 @@ def merge(parts: Sequence[Artifact], out: Path | None, work: Path, max_bad: floa
     """
     total = _check_parts(parts)
     indices = [part.load_json(INDEX) for part in parts]
-    header = {name: indices[0][name] for name in ("domain", "split", "task", "classes")}
+    apart = ("clips", "quarantined", "shards", "streams")
+    header = {name: value for name, value in indices[0].items() if name not in apart}
     header |= _joined_streams(indices)
     request = _undivided(parts[0])
     unusable = [row for part in parts for row in _rows(part, QUARANTINE)]

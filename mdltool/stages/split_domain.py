@@ -14,6 +14,7 @@ from mdltool.model_store import load_model, refuse_fused
 from mdltool.registry import did_you_mean
 from mdltool.schema import Recipe
 from mdltool.stages.continuing import recipe_of
+from mdltool.types import LabelSpace
 
 
 def run(source: Artifact, domain: str, out: Path, *, weights: str = "last", work: Path) -> dict[str, Any]:
@@ -30,8 +31,7 @@ def run(source: Artifact, domain: str, out: Path, *, weights: str = "last", work
     own = model.tensors(with_backbone=False)
     pack = DomainPack(
         domain=domain,
-        task=domains[domain]["task"],
-        classes=tuple(domains[domain]["classes"]),
+        space=LabelSpace.from_json(domains[domain]),
         outputs=model.spec.domains[domain],
         model=model_form(model.spec),
         **model.digests(),
@@ -47,7 +47,7 @@ def run(source: Artifact, domain: str, out: Path, *, weights: str = "last", work
         raise MdlError("something else is already there", out, "give another --out, or remove it")
     summary = {
         "domain": domain,
-        "classes": len(pack.classes),
+        "classes": len(pack.space.classes),
         "parameters": model.parameter_counts()["per_domain"][domain],
         "bytes": len(data),
         "backbone": pack.backbone,

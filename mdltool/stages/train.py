@@ -58,9 +58,9 @@ def run(
     if isinstance(draft, Artifact):
         return draft
     seeded(recipe.train.seed)
-    classes = {name: d.train_index.classes for name, d in data.items()}
+    spaces = {name: d.train_index.space for name, d in data.items()}
     with draft or nullcontext():
-        model = _initial(recipe, spec, source, classes)
+        model = _initial(recipe, spec, source, {name: space.classes for name, space in spaces.items()})
     regimes: set[str] = {step.regime for step in recipe.train.steps}
     # Random weights have no artifact to point at, so they are stored whatever the regime.
     own_backbone = source is None or changes_backbone(regimes, spec.bn)
@@ -69,7 +69,7 @@ def run(
         model.to("cpu")
         save_tensors(draft.path / "weights" / "last.safetensors", stored_tensors(model, own_backbone))
         counts = model.parameter_counts()
-        write_model_json(draft.path, spec, request, classes, own_backbone, counts)
+        write_model_json(draft.path, spec, request, spaces, own_backbone, counts)
         write_text(draft.path / "recipe.yaml", yaml.safe_dump(request, sort_keys=False))
         _commit(draft, recipe, data, progress, counts)
     return open_together(world, out, "model")

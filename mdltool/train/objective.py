@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from mdltool.data.mixing import mixed_labels
 from mdltool.losses.multitrain import MultitrainLoss, Update
 from mdltool.losses.precision import full
 from mdltool.losses.targets import mixed_targets
@@ -135,7 +134,7 @@ class TaskObjective(Objective):
         if clips.partner_B is None and not self.smoothing.amount:
             return clips.labels
         amount = self.smoothing.amount
-        return mixed_labels(clips.labels, outputs, clips.partners(), clips.own_share, amount, task.name)
+        return task.soft_labels(clips.labels, outputs, clips.partners(), clips.own_share, amount)
 
 
 class MultitrainObjective(Objective):

@@ -119,6 +119,7 @@ def given(task: str, labels: list[Any]) -> Callable[[dict[str, Any]], None]:
 
     def change(content: dict[str, Any]) -> None:
         content["task"] = task
+        content |= {"verbs": 1, "actions": [[0, 0], [0, 1]]} if task == "verb_noun" else {}
         members = [m for shard in content["shards"] for m in shard["members"]]
         for i, m in enumerate(members):
             m["label"] = labels[min(i, len(labels) - 1)]
@@ -136,6 +137,30 @@ def test_labels_that_are_values(shards: Artifact) -> None:
     index = ShardIndex.open(rewritten(shards, given("regression", [[0.1, -2, 3e38], [0, 0.0, 1]])))
     assert (index.task, index.labels.dtype) == ("regression", np.float32)
     assert np.array_equal(index.labels, np.array([[0.1, -2, 3e38], *[[0, 0, 1]] * 6], np.float32))
+
+
+def test_labels_that_are_a_verb_and_a_noun(shards: Artifact) -> None:
+    index = ShardIndex.open(rewritten(shards, given("verb_noun", [[0, 1], [0, 0]])))
+    assert (index.task, index.labels.dtype, index.space.verbs) == ("verb_noun", np.int64, 1)
+    assert index.labels.tolist() == [[0, 1], *[[0, 0]] * 6]
+    assert index.space.actions == ((0, 0), (0, 1))
+
+
+PAIR_FAULTS = {
+    "no number of verbs": ({"verbs": "1"}, "'verbs' is '1', not int"),
+    "no noun": ({"verbs": 3}, "the pair .* is outside the class list"),
+    "no actions": ({"actions": []}, "not each valid pair once and in order"),
+    "an action twice": ({"actions": [[0, 0], [0, 0]]}, "not each valid pair once and in order"),
+    "out of order": ({"actions": [[0, 1], [0, 0]]}, "not each valid pair once and in order"),
+    "no pairs": ({"actions": [3]}, "3 is no pair"),
+}
+
+
+@pytest.mark.parametrize("fault", PAIR_FAULTS)
+def test_refuses_verbs_and_actions_that_do_not_fit(shards: Artifact, fault: str) -> None:
+    change, reason = PAIR_FAULTS[fault]
+    with pytest.raises(MdlError, match=f"these shards are damaged: .*{reason}"):
+        ShardIndex.open(rewritten(shards, lambda c: (given("verb_noun", [[0, 0]])(c), c.update(change))))
 
 
 @pytest.mark.parametrize("task", ["multi_label", "regression"])
@@ -163,7 +188,12 @@ LABEL_FAULTS: list[tuple[str, Any, str]] = [
     ("regression", [0.5, 1.0, "2"], "not a list of numbers"),
     ("regression", [0.5, 1.0, None], "not a list of numbers"),
     ("single_label", [0], r"'label' is \[0\], not int"),
-    ("verb_noun", 0, "there is no task 'verb_noun'"),
+    ("captions", 0, "there is no task 'captions'"),
+    ("verb_noun", 0, "'label' is 0, not list"),
+    ("verb_noun", [0], r"\[0\] is no pair of a verb's and a noun's number"),
+    ("verb_noun", [0, True], "is no pair of a verb's and a noun's number"),
+    ("verb_noun", [1, 0], r"the pair \[1, 0\] is outside the class list"),
+    ("verb_noun", [0, -1], r"the pair \[0, -1\] is outside the class list"),
 ]
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from mdltool.data.mixing import Mix, MixSpec, apply, draw, mixed_labels
+from mdltool.data.mixing import Mix, MixSpec, apply, draw
 from mdltool.errors import MdlError
-from mdltool.tasks import TASKS
+from mdltool.tasks import MultiLabel, Regression, SingleLabel, Task, VerbNoun
 
 BOTH = MixSpec(mixup_alpha=0.8, cutmix_alpha=1.0)
 
@@ -121,7 +121,7 @@ def test_an_unmixed_batch_is_the_batch() -> None:
 def test_class_targets(smoothing: float) -> None:
     labels = torch.tensor([3, 0, 6, 6])
     hard = np.eye(7)[labels.numpy()] * (1 - smoothing) + smoothing / 7
-    mixed = mixed_labels(labels, 7, mirrored(4), 0.3, smoothing, "single_label")
+    mixed = SingleLabel().soft_labels(labels, 7, mirrored(4), 0.3, smoothing)
     assert mixed.dtype == torch.float32
     np.testing.assert_allclose(mixed.numpy(), 0.3 * hard + 0.7 * hard[::-1], atol=1e-6)
     np.testing.assert_allclose(mixed.sum(1).numpy(), np.ones(4), atol=1e-6)
@@ -131,7 +131,7 @@ def test_class_targets(smoothing: float) -> None:
 def test_multi_label_targets(smoothing: float) -> None:
     labels = torch.tensor([[1, 0, 1], [0, 0, 0], [1, 1, 1]])
     soft = labels.numpy() * (1 - smoothing) + smoothing * 0.5
-    mixed = mixed_labels(labels, 3, mirrored(3), 0.3, smoothing, "multi_label")
+    mixed = MultiLabel().soft_labels(labels, 3, mirrored(3), 0.3, smoothing)
     np.testing.assert_allclose(mixed.numpy(), 0.3 * soft + 0.7 * soft[::-1], atol=1e-6)
     assert float(mixed.min()) >= 0
     assert float(mixed.max()) <= 1
@@ -139,20 +139,31 @@ def test_multi_label_targets(smoothing: float) -> None:
 
 def test_regression_targets_are_mixed_and_never_smoothed() -> None:
     labels = torch.tensor([[1.5, -2.0], [0.25, 8.0]])
-    mixed = mixed_labels(labels, 2, mirrored(2), 0.75, 0.1, "regression")
+    mixed = Regression().soft_labels(labels, 2, mirrored(2), 0.75, 0.1)
     assert mixed.tolist() == [[0.75 * 1.5 + 0.25 * 0.25, 0.5], [0.25 * 1.5 + 0.75 * 0.25, 5.5]]
 
 
-@pytest.mark.parametrize("task", ["single_label", "multi_label", "regression"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_verbs_and_nouns_are_each_smoothed(smoothing: float) -> None:
+    labels = torch.tensor([[1, 0], [0, 2], [1, 3]])
+    parts = [
+        np.eye(n)[column] * (1 - smoothing) + smoothing / n for n, column in zip((2, 4), labels.T, strict=True)
+    ]
+    hard = np.concatenate(parts, axis=1)
+    mixed = VerbNoun(2, 4, [(1, 0)]).soft_labels(labels, 6, mirrored(3), 0.3, smoothing)
+    np.testing.assert_allclose(mixed.numpy(), 0.3 * hard + 0.7 * hard[::-1], atol=1e-6)
+
+
+@pytest.mark.parametrize("task", [SingleLabel(), MultiLabel(), Regression(), VerbNoun(2, 3, [(0, 0)])])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_losses_take_mixed_targets(task: str, reduction: str) -> None:
+def test_losses_take_mixed_targets(task: Task, reduction: str) -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn((4, 5), generator=generator, dtype=torch.float64)
-    labels = torch.tensor([4, 0, 2, 2]) if task == "single_label" else torch.randint(0, 2, (4, 5))
-    loss = TASKS.load(task)().loss
-    partner = mirrored(4)
-    mixed = mixed_labels(labels, 5, partner, 0.3, 0.0, task).double()
-    if task == "regression":
+    labels = torch.tensor([4, 0, 2, 2]) if task.name == "single_label" else torch.randint(0, 2, (4, 5))
+    labels = labels[:, :2] if task.name == "verb_noun" else labels
+    loss, partner = task.loss, mirrored(4)
+    mixed = task.soft_labels(labels, 5, partner, 0.3, 0.0).double()
+    if task.name == "regression":
         targets = 0.3 * labels.double() + 0.7 * labels[partner].double()
         wanted = getattr((logits - targets).square().mean(1), reduction)()
     else:  # linear in the targets: the losses themselves are mixed
@@ -161,10 +172,11 @@ def test_losses_take_mixed_targets(task: str, reduction: str) -> None:
 
 
 def test_what_cannot_be_mixed_is_refused() -> None:
-    with pytest.raises(MdlError, match="cannot be mixed"):
-        mixed_labels(torch.tensor([1]), 2, mirrored(1), 0.5, 0.0, "captions")
-    with pytest.raises(MdlError, match=r"labels of shape \[2\] where 2 clips have 3 outputs"):
-        mixed_labels(torch.tensor([1, 0]), 3, mirrored(2), 0.5, 0.0, "multi_label")
+    for task in (MultiLabel(), Regression()):
+        with pytest.raises(MdlError, match=r"labels of shape \[2\] where \[2, 3\] are wanted"):
+            task.soft_labels(torch.tensor([1, 0]), 3, mirrored(2), 0.5, 0.0)
+    with pytest.raises(MdlError, match=r"labels of shape \[2\] where \[2, 2\] are wanted"):
+        VerbNoun(1, 2, [(0, 0)]).soft_labels(torch.tensor([1, 0]), 3, mirrored(2), 0.5, 0.0)
     for make in (lambda: MixSpec(-0.1), lambda: MixSpec(1.0, probability=1.1), lambda: MixSpec(1.0, 1.0, 1.0, -1)):
         with pytest.raises(MdlError):
             make()

@@ -26,7 +26,7 @@ from mdltool.data.shards import (
 )
 from mdltool.data.tar import ReadFault, TarWriter
 from mdltool.data.workers import Failed
-from mdltool.types import Clip, Label
+from mdltool.types import Clip, Label, LabelSpace
 
 LONG = "folder/" + "x" * 180 + "/" + "y" * 120 + "é.mp4"
 
@@ -41,7 +41,7 @@ def make_clips(folder: Path, sizes: list[int]) -> list[Clip]:
 
 
 def naming(folder: Path) -> Naming:
-    return Naming("d", "train", ("a", "b"), folder)
+    return Naming("d", "train", LabelSpace("single_label", ("a", "b")), folder)
 
 
 def whole(clip: Clip) -> Prepared:
@@ -202,11 +202,12 @@ class TestMetadata:
             ("multi_label", (0, 1), '"label": [0, 1], "class": ["a", "b"], '),
             ("multi_label", (), '"label": [], "class": [], '),
             ("regression", (0.25, -1.0), '"label": [0.25, -1.0], '),
+            ("verb_noun", (0, 0), '"label": [0, 0], "verb": "a", "noun": "b", '),
         ],
     )
     def test_of_every_task(self, tmp_path: Path, task: str, label: Label, text: str) -> None:
-        clip = Clip("c/0", tmp_path / "0.MP4", label)
-        found = replace(naming(tmp_path), task=task).metadata(clip)
+        clip, verbs = Clip("c/0", tmp_path / "0.MP4", label), int(task == "verb_noun")
+        found = Naming("d", "train", LabelSpace(task, ("a", "b"), verbs), tmp_path).metadata(clip)
         expected = f'{{"key": "c/0", "domain": "d", "split": "train", {text}"source": "0.MP4"}}'
         assert json.dumps(found) == expected
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,18 @@ SIZES = (1, 7, 20, 40)
 def index(task: str = "single_label", shards: int = 3, shuffled: int | None = None) -> ShardIndex:
     """Clips of four classes of different sizes; shuffled: another order and division of the same ones."""
     labels = [label for label, size in enumerate(SIZES) for _ in range(size)]
+    given: dict[str, Callable[[int], Any]] = {
+        "single_label": lambda label: label,
+        "verb_noun": lambda label: [label % 2, label // 2],
+    }
     members = [
-        {"key": f"c{i:03d}", "offset": i, "size": 1, "label": label if task == "single_label" else [label]}
+        {"key": f"c{i:03d}", "offset": i, "size": 1, "label": given.get(task, lambda label: [label])(label)}
         for i, label in enumerate(labels)
     ]
     if shuffled is not None:
         np.random.default_rng(shuffled).shuffle(members)  # type: ignore[arg-type]
     content: dict[str, Any] = {"domain": "d", "split": "train", "task": task, "classes": list("abcd")}
+    content |= {"verbs": 2, "actions": [[0, 0]]} if task == "verb_noun" else {}
     content["shards"] = [{"file": f"{n}.tar", "members": members[n::shards]} for n in range(shards)]
     return ShardIndex(Path("none"), "", content)
 
@@ -44,6 +50,11 @@ def test_every_class_keeps_its_share_and_at_least_one() -> None:
     part = subset_of(index(), 0.1, None, 0)
     assert np.bincount(part.labels).tolist() == [1, 1, 2, 4]
     assert np.bincount(subset_of(index(), 0.5, None, 0).labels).tolist() == [1, 4, 10, 20]
+
+
+def test_verbs_keep_their_share() -> None:
+    part = subset_of(index("verb_noun"), 0.1, None, 0)
+    assert np.bincount(part.labels[:, 0]).tolist() == [2, 5], "of 21 and 47"
 
 
 def test_so_many_of_each_class_and_no_more_than_there_are() -> None:

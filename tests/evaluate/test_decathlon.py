@@ -21,6 +21,7 @@ from mdltool.recipe import load
 from mdltool.report.build import Evaluated, decathlons
 from mdltool.stages.plan import model_spec
 from mdltool.train.checkpoint import save_tensors
+from mdltool.types import LabelSpace
 from tests.conftest import TINY, Ran, World
 
 TEN = ["imagenet", "aircraft", "cifar100", "dped", "dtd", "gtsrb", "flowers", "omniglot", "svhn", "ucf101"]
@@ -174,7 +175,9 @@ def untrained(world: World, path: Path) -> Path:
     draft = begin(path, kind="model", stage="train", inputs=[], request={})
     assert not isinstance(draft, Artifact)
     save_tensors(draft.path / "weights" / "last.safetensors", stored_tensors(build_model(spec), own_backbone=True))
-    write_model_json(draft.path, spec, recipe.model_dump(mode="json"), {"chalk": names}, True, {})
+    write_model_json(
+        draft.path, spec, recipe.model_dump(mode="json"), {"chalk": LabelSpace("single_label", names)}, True, {}
+    )
     draft.commit({"domains": {"chalk": {}}})
     return path
 

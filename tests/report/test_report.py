@@ -19,6 +19,7 @@ from mdltool.model_spec import AdapterSpec, ModelSpec
 from mdltool.model_store import stored_tensors, write_model_json
 from mdltool.report import branches, build, page, plots
 from mdltool.train.checkpoint import save_tensors
+from mdltool.types import LabelSpace
 from tests.conftest import Ran, World
 
 
@@ -152,7 +153,8 @@ def with_branches(path: Path, fusion: str, last: float, best: float) -> Artifact
                 tensors[key] = torch.tensor([1.0, 2.0, -3.0]) * scale * block * (1 if key[0] == "a" else 10)
         save_tensors(draft.path / "weights" / f"{name}.safetensors", tensors)
     recipe = {"domains": {d: {"task": "single_label"} for d in "ab"}}
-    write_model_json(draft.path, spec, recipe, {"a": ("x",), "b": ("y",)}, True, {})
+    spaces = {domain: LabelSpace("single_label", (name,)) for domain, name in (("a", "x"), ("b", "y"))}
+    write_model_json(draft.path, spec, recipe, spaces, True, {})
     return draft.commit({})
 
 

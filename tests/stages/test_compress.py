@@ -30,6 +30,7 @@ from mdltool.stages.continuing import finetuning
 from mdltool.stages.plan import model_spec, outputs_of
 from mdltool.train.checkpoint import save_tensors
 from mdltool.train.loop import MetricsLog
+from mdltool.types import LabelSpace
 from tests.adapters.test_contract import clip
 from tests.adapters.test_factored import CASES, fresh, multiplied_out
 from tests.conftest import Ran, World
@@ -45,7 +46,8 @@ def stored(model: MultiDomainModel, folder: Path, *more: str) -> Artifact:
     recipe = load("tiny_demo").model_dump(mode="json")
     recipe["domains"] = {domain: {"task": "single_label"} for domain in model.spec.domains}
     classes = {d: tuple(f"c{i}" for i in range(n)) for d, n in model.spec.domains.items()}
-    write_model_json(draft.path, model.spec, recipe, classes, True, model.parameter_counts())
+    spaces = {domain: LabelSpace("single_label", names) for domain, names in classes.items()}
+    write_model_json(draft.path, model.spec, recipe, spaces, True, model.parameter_counts())
     for name in ("last", *more):
         save_tensors(draft.path / "weights" / f"{name}.safetensors", model.tensors())
     return draft.commit({"domains": {d: {"classes": len(c)} for d, c in classes.items()}})

@@ -34,6 +34,7 @@ from mdltool.recipe import load
 from mdltool.stages import fuse
 from mdltool.stages.plan import model_spec
 from mdltool.train.checkpoint import save_tensors
+from mdltool.types import LabelSpace
 from tests.conftest import TINY, Ran, World
 
 FAST = ("train.steps.0.regime=frozen", "backbone.weights=scratch")
@@ -71,7 +72,8 @@ def stored(
         for head in model.heads.parameters():
             nn.init.normal_(head)
     content = recipe.model_dump(mode="json")
-    write_model_json(draft.path, spec, content, classes, own, model.parameter_counts())
+    spaces = {domain: LabelSpace("single_label", names) for domain, names in classes.items()}
+    write_model_json(draft.path, spec, content, spaces, own, model.parameter_counts())
     write_text(draft.path / "recipe.yaml", yaml.safe_dump(content))
     write_text(draft.path / "metrics.jsonl", "")
     summary = {"recipe": recipe.name, "domains": {name: {"classes": len(c)} for name, c in classes.items()}}
