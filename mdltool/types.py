@@ -35,7 +35,8 @@ class Clip:
     key: unique within a domain's split; a relative path without extension and without dots.
     video: the source file, a video or an image. label: as the domain's task has it, see Label.
     start_s, end_s: the segment in seconds of presentation time from the first frame; None: the whole file.
-    item: of a file of image arrays, the array's name and the image's row in it.
+    item: of a file of image arrays, the array's name and the image's row in it. sides: stream -> the side file that
+    the data set has for it, of the whole video.
     """
 
     key: str
@@ -44,6 +45,7 @@ class Clip:
     start_s: float | None = None
     end_s: float | None = None
     item: tuple[str, int] | None = None
+    sides: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def is_segment(self) -> bool:
@@ -60,7 +62,9 @@ class Listing:
 
     classes, task, verbs, actions: as LabelSpace has them. missing: (key, reason) of listed clips whose file is not
     there. notes: sentences printed to the user (label base, classes seen against listed, ...). excluded: how many
-    listed clips were left out at the user's wish.
+    listed clips were left out at the user's wish. absent: the missing clips, where the format says what they would
+    be. subsets, participants: name -> keys of clips, there or not: parts that are scored for themselves, and who is
+    to be seen in them.
     """
 
     classes: tuple[str, ...]
@@ -71,6 +75,15 @@ class Listing:
     excluded: int = 0
     verbs: int = 0
     actions: tuple[tuple[int, int], ...] = ()
+    absent: tuple[Clip, ...] = ()
+    subsets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    participants: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def marks(self) -> dict[str, dict[str, list[str]]]:
+        """Subsets and participants as index.json has them; none of the names where there is nothing to say."""
+        given = {"subsets": self.subsets, "participants": self.participants}
+        return {name: {n: sorted(keys) for n, keys in of.items()} for name, of in given.items() if of}
 
     @property
     def space(self) -> LabelSpace:

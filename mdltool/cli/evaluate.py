@@ -122,7 +122,10 @@ def _table(metrics: dict[str, Any]) -> None:
         clips = entry["clips"]
         values = [shown(name, entry["metrics"].get(name)) for name in names]
         rows.append((domain, *values, clips["evaluated"], clips["listed"], len(clips["missing"])))
-    if len(rows) > 1 and metrics["mean"]:
+        for subset, own in entry.get("subsets", {}).items():
+            values = [shown(name, own.get(name)) for name in names]
+            rows.append((f"  {subset}", *values, own["clips"], "", ""))
+    if len(domains) > 1 and metrics["mean"]:
         rows.append(("mean", *(shown(name, metrics["mean"].get(name)) for name in names), "", "", ""))
     headings = (f"{name} %" if METRICS[name].endswith("%") else name for name in names)
     columns = ("domain", *headings, "clips", "listed", "missing")

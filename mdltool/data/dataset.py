@@ -36,11 +36,13 @@ def _without(listing: Listing, exclude: Path) -> Listing:
     unwanted = {key for _, key in read_lines(exclude, "--exclude")}
     clips = tuple(clip for clip in listing.clips if clip.key not in unwanted)
     missing = tuple(entry for entry in listing.missing if entry[0] not in unwanted)
-    if not clips:
+    absent = tuple(clip for clip in listing.absent if clip.key not in unwanted)
+    if not clips and not absent:
         raise MdlError("every clip is excluded", exclude, "give the list of another split, or none")
     excluded = len(listing.clips) + len(listing.missing) - len(clips) - len(missing)
     unknown = sorted(unwanted - {clip.key for clip in listing.clips} - {key for key, _ in listing.missing})
     note = f"excluded: {excluded} clips of {exclude.name}"
     if unknown:
         note += f" (not found: {len(unknown)} of its keys, e.g. {unknown[0]})"
-    return replace(listing, clips=clips, missing=missing, notes=(*listing.notes, note), excluded=excluded)
+    notes = (*listing.notes, note)
+    return replace(listing, clips=clips, absent=absent, missing=missing, notes=notes, excluded=excluded)

@@ -32,6 +32,7 @@ class ShardIndex:
     single_label; int64 [M, 2] of verb_noun; float32 [M, N] of the others: 0 or 1 for each class, or each target's
     value. shard_of (position in files), offsets, sizes (bytes, tar headers included): int64 [M]. raw_sizes: int64
     [M], the last bytes of `sizes`, in which the raw streams lie. streams: by name, in the order of the recipe.
+    subsets, participants: name -> keys, as Listing has them.
     digest: the artifact's. lengths: bytes of each shard.
     """
 
@@ -52,6 +53,8 @@ class ShardIndex:
         )
         self.raw_sizes = np.array([_raw_size(member) for _, member in members], dtype=np.int64)
         self.streams = {name: _stream(entry) for name, entry in _optional(content, "streams", dict).items()}
+        self.subsets = _groups(content, "subsets")
+        self.participants = _groups(content, "participants")
         self.lengths: list[int] = []
         self.labels = _labels(self.space, [member for _, member in members])
 
@@ -168,6 +171,12 @@ class ShardIndex:
         if outside.any():
             path = self.folder / self.files[self.shard_of[outside.argmax()]]
             raise _damaged(path, "index.json points outside this file")
+
+
+def _groups(content: dict[str, Any], name: str) -> dict[str, frozenset[str]]:
+    """Groups of clips by their names, where there are any."""
+    given = _optional(content, name, dict)
+    return {str(group): frozenset(map(str, _typed(given, group, list))) for group in given}
 
 
 def _space(content: dict[str, Any]) -> LabelSpace:

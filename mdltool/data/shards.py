@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,12 +115,15 @@ class ShardRecord:
 
 @dataclass(frozen=True)
 class Naming:
-    """What the metadata say of all clips. source: the folder that a video's path is relative to."""
+    """What the metadata say of all clips. source: the folder that a video's path is relative to. marks: what
+    index.json says of groups of clips, as Listing has it.
+    """
 
     domain: str
     split: str
     space: LabelSpace
     source: Path
+    marks: Mapping[str, Any] = field(default_factory=dict)
 
     def as_index(self) -> dict[str, Any]:
         """What begins index.json."""
@@ -128,6 +131,7 @@ class Naming:
             "domain": self.domain,
             "split": self.split,
             **self.space.as_json(),
+            **self.marks,
         }
 
     def metadata(self, clip: Clip) -> dict[str, Any]:
@@ -181,7 +185,7 @@ def plan(clips: Sequence[Clip], shard_bytes: int) -> list[PlannedShard]:
         filled += size
     return [
         PlannedShard(number, tuple(group), tuple(sources[clip.video] for clip in group))
-        for number, group in enumerate(groups)
+        for number, group in enumerate(filter(None, groups))
     ]
 
 

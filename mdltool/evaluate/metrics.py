@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mdltool.data.index import ShardIndex
+from mdltool.evaluate.groups import of_participants, of_subsets
 from mdltool.evaluate.scores import DomainScores, labels_of, tensors_of
 from mdltool.tasks import Task
 
@@ -27,6 +28,7 @@ METRICS = {
     "map": "mAP %",
     "map_micro": "micro mAP %",
     "mse": "MSE",
+    "mse_participant": "MSE of participants",
 }
 """The tasks' metrics in the order of tables, and their headings; one in % is a fraction."""
 
@@ -49,9 +51,14 @@ def domain_report(
     per_class, names = task.per_class(scores, labels, wrong), index.space.row_names
     confusion = per_class.pop("confusion", None)
     metrics = task.metrics(scores, labels, wrong)
+    keys = [*found.keys, *(key for key, _ in found.missing)][: len(scores)]
+    people = of_participants(task, index.participants, keys, scores, labels, wrong)
+    if people is not None:
+        per_class["mse_participant"] = people[1]
+        metrics["mse_participant"] = sum(people[1]) / len(people[1])
     entry = {
         "task": task.name,
-        "metrics": {name: None if math.isnan(value) else value for name, value in metrics.items()},
+        "metrics": _nulls(metrics),
         "per_class": {name: {key: values[i] for key, values in per_class.items()} for i, name in enumerate(names)},
         "clips": {
             "listed": len(index),
@@ -62,7 +69,16 @@ def domain_report(
         "distinct_views": found.distinct_views,
         "decoder": "+".join(sorted(found.backends)) or None,
     }
+    if people is not None:
+        entry["participants"] = people[0]
+    if index.subsets:
+        subsets = of_subsets(task, index.subsets, keys, scores, labels, wrong)
+        entry["subsets"] = {name: _nulls(values) for name, values in subsets.items()}
     return entry, confusion
+
+
+def _nulls(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: None if math.isnan(value) else value for name, value in metrics.items()}
 
 
 def mean_over_domains(domains: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:

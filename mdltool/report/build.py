@@ -88,6 +88,9 @@ def headline(evals: Sequence[Evaluated]) -> str:
             measured = (metrics["views"], entry["distinct_views"], entry["decoder"], entry["precision"])
             counts = (clips["evaluated"], clips["listed"], len(clips["missing"]))
             rows.append((e.label, domain, *values, *counts, *measured))
+            for subset, own in entry.get("subsets", {}).items():
+                values = [shown(name, own.get(name)) for name in names]
+                rows.append((e.label, f"{domain}, {subset}", *values, own["clips"], "", "", *measured))
         if len(metrics["domains"]) > 1 and metrics["mean"]:
             values = [shown(name, metrics["mean"].get(name)) for name in names]
             means.append((e.label, "mean over domains", *values, "", "", "", metrics["views"], "", "", ""))

@@ -16,7 +16,7 @@ from mdltool import console
 from mdltool.artifact import Artifact, Draft, begin
 from mdltool.data.dataset import Dataset
 from mdltool.data.encode import Job, Prepared, prepare
-from mdltool.data.formats.common import clip_name
+from mdltool.data.formats.common import clip_name, nothing_there
 from mdltool.data.modalities.clip import TORCH_KINDS, prepare_with_streams
 from mdltool.data.modalities.plan import Streams, index_entry
 from mdltool.data.shard_builder import (
@@ -32,7 +32,7 @@ from mdltool.data.shards import Naming, PlannedShard, ShardRecord, StreamCount, 
 from mdltool.data.workers import Pool
 from mdltool.errors import MdlError
 from mdltool.files import digest_of, sha256_file, write_text
-from mdltool.types import Listing
+from mdltool.types import Clip, Listing
 
 __all__ = ["CLIP_LIMIT_S", "Dataset", "Effort", "Writing", "default_name", "merge", "outlook", "run"]
 
@@ -63,10 +63,25 @@ def outlook(dataset: Dataset, writing: Writing) -> dict[str, Any]:
         "excluded": listing.excluded,
         "notes": [*listing.notes, *(streams.note(listing.clips) if streams else ())],
         **({"streams": about} if about else {}),
+        "rows": _rows_of(listing, dataset),
         "shards": [
             {"file": s.file, "clips": len(s.clips), "source_bytes": sum(f.size for f in s.sources)} for s in shards
         ],
     }
+
+
+def _rows_of(listing: Listing, dataset: Dataset) -> list[Row]:
+    """Every clip as its metadata would begin, with its segment; there: whether its video is."""
+    naming = Naming(dataset.domain, dataset.split, listing.space, dataset.source)
+    order = sorted([*((c, True) for c in listing.clips), *((c, False) for c in listing.absent)], key=_key_first)
+    return [
+        {**naming.metadata(clip), "start_s": clip.start_s, "end_s": clip.end_s, "there": there}
+        for clip, there in order
+    ]
+
+
+def _key_first(row: tuple[Clip, bool]) -> str:
+    return row[0].key
 
 
 def run(dataset: Dataset, out: Path, writing: Writing = Writing(), effort: Effort = Effort()) -> Artifact:
@@ -78,6 +93,8 @@ def run(dataset: Dataset, out: Path, writing: Writing = Writing(), effort: Effor
     """
     with _pool(writing, effort) as pool:
         listing = _listed(dataset, writing)
+        if not listing.clips:
+            raise nothing_there(listing.missing, dataset.source)
         streams = _streams(dataset, listing, writing)
         notes = [*listing.notes, *(streams.note(listing.clips) if streams else ())]
         console.say(f"{dataset.format}: {'; '.join(notes)}")
@@ -87,7 +104,7 @@ def run(dataset: Dataset, out: Path, writing: Writing = Writing(), effort: Effor
         if isinstance(draft, Artifact):
             console.say(f"already there and identical: {out}")
             return draft
-        naming = Naming(dataset.domain, dataset.split, listing.space, dataset.source)
+        naming = Naming(dataset.domain, dataset.split, listing.space, dataset.source, listing.marks)
         try:
             shards = _share(planned, writing.part)
             clips = len(listing.clips)
@@ -164,8 +181,8 @@ def _request(dataset: Dataset, listing: Listing, writing: Writing, streams: Stre
         "shard_bytes": writing.shard_bytes,
         "listing": digest_of([listing.classes, sorted(clips), sorted(listing.missing)]),
     }
-    if listing.verbs:
-        request["actions"] = digest_of([listing.verbs, listing.actions])
+    if listing.verbs or listing.marks:
+        request["marks"] = digest_of([listing.verbs, listing.actions, listing.marks])
     if listing.excluded:  # which clips is in the listing
         request["excluded"] = listing.excluded
     if streams is not None:

@@ -18,5 +18,9 @@ FORMATS = Table(
         "ssv2": "mdltool.data.formats.ssv2:read",
         "mit": "mdltool.data.formats.mit:read",
         "activitynet": "mdltool.data.formats.activitynet:read",
+        "epic_kitchens": "mdltool.data.formats.epic_kitchens:read",
+        "epic_kitchens_actions": "mdltool.data.formats.epic_kitchens:read_actions",
+        "mpiigi": "mdltool.data.formats.mpiigi:read",
+        "udiva": "mdltool.data.formats.udiva:read",
     },
 )

@@ -222,11 +222,14 @@ def finished(
     notes: Sequence[str],
     where: Path,
     task: str = "single_label",
+    absent: Sequence[Clip] = (),
 ) -> Listing:
-    """The listing, checked: no key twice, at least one file there. Adds the notes that all formats print."""
+    """The listing, checked: no key twice, and at least one file there unless `absent` says what clips there would
+    be. Adds the notes that all formats print.
+    """
     clips = tuple(clips)
     by_key: dict[str, Clip] = {}
-    for clip in clips:
+    for clip in (*clips, *absent):
         other = by_key.setdefault(clip.key, clip)
         if other is not clip:
             raise MdlError(
@@ -234,15 +237,26 @@ def finished(
                 where,
                 "rename one of the files, or remove the repeated row",
             )
-    if not clips:
-        first = f", the first: {missing[0][1]}" if missing else ""
-        raise MdlError(f"none of the {len(missing)} listed files is there{first}", where, "check SOURCE")
-    labels = [clip.label if isinstance(clip.label, tuple) else (clip.label,) for clip in clips]
-    seen = f"classes: {len(set().union(*labels))} seen of {len(classes)} listed"
-    notes = [*notes, *([] if task == "regression" else [seen]), f"clips: {len(clips)}"]
+    if not clips and not absent:
+        raise nothing_there(missing, where)
+    notes = [*notes, *_seen(classes, clips, task), f"clips: {len(clips)}"]
     images = sum(clip.is_image for clip in clips)
     if images:
         notes.append(f"images: {images} of them")
     if missing:
         notes.append(f"missing: {len(missing)} of {len(missing) + len(clips)} listed files, e.g. {missing[0][1]}")
-    return Listing(tuple(classes), clips, tuple(missing), tuple(notes), task)
+    return Listing(tuple(classes), clips, tuple(missing), tuple(notes), task, absent=tuple(absent))
+
+
+def nothing_there(missing: Sequence[tuple[str, str]], where: object) -> MdlError:
+    """What is to be raised where no listed file is there."""
+    first = f", the first: {missing[0][1]}" if missing else ""
+    return MdlError(f"none of the {len(missing)} listed files is there{first}", where, "check SOURCE")
+
+
+def _seen(classes: Sequence[str], clips: Sequence[Clip], task: str) -> list[str]:
+    """How many of the classes the clips have, of tasks whose labels are numbers of classes."""
+    if task not in ("single_label", "multi_label"):
+        return []
+    labels = [clip.label if isinstance(clip.label, tuple) else (clip.label,) for clip in clips]
+    return [f"classes: {len(set().union(*labels))} seen of {len(classes)} listed"]

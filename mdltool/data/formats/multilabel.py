@@ -83,13 +83,14 @@ def _wide(
     names = value_columns(rows[0], classes, path, _COLUMNS)
 
     def label(row: Row) -> tuple[int, ...]:
-        return tuple(i for i, name in enumerate(names) if _is_one(row, name))
+        return tuple(i for i, name in enumerate(names) if is_one(row, name))
 
     order = "from --classes" if classes else "in the file's order"
     return names, label, [f"labels: a column of 0 and 1 for each class, {order}"]
 
 
-def _is_one(row: Row, column: str) -> bool:
+def is_one(row: Row, column: str) -> bool:
+    """Whether a cell is 1. Raises MdlError for what is neither 0 nor 1."""
     text = row[column.lower()]
     if text not in ("0", "1", "0.0", "1.0"):
         raise MdlError(

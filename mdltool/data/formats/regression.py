@@ -13,7 +13,7 @@ import numpy as np
 from mdltool.data.formats.common import finished, source_folder
 from mdltool.data.formats.table import Row, clips_of, read_rows, rows_of_split, segment_notes, value_columns
 from mdltool.errors import MdlError
-from mdltool.types import Listing
+from mdltool.types import Clip, Listing
 
 _COLUMNS = "the first line must name the columns: path,<target>,<target>,... [,start,end][,split]"
 _SHOWN = 8
@@ -38,15 +38,23 @@ def read(
     rows = read_rows(annotations, ("path",), _COLUMNS)
     names = value_columns(rows[0], classes, annotations, _COLUMNS)
     own = rows_of_split(rows, split, annotations)
-    clips, missing = clips_of(own, source, lambda row: tuple(_number(row, name) for name in names))
+    clips, missing = clips_of(own, source, lambda row: tuple(number_of(row, name) for name in names))
     notes = [f"targets: {len(names)}, {'from --classes' if classes else 'in the order of the columns'}"]
-    for name, values in list(zip(names, np.array([clip.label for clip in clips]).T, strict=False))[:_SHOWN]:
-        spread = f"mean {values.mean():.3g}, variance {values.var():.3g}"
-        notes.append(f"{name}: {values.min():.3g} to {values.max():.3g}, {spread}")
+    notes += spread_notes(names, clips)
     return finished(names, clips, missing, [*notes, *segment_notes(clips)], annotations, "regression")
 
 
-def _number(row: Row, column: str) -> float:
+def spread_notes(names: Sequence[str], clips: Sequence[Clip]) -> list[str]:
+    """Each target's range, mean and variance; of many targets the first."""
+    notes = []
+    for name, values in list(zip(names, np.array([clip.label for clip in clips]).T, strict=False))[:_SHOWN]:
+        spread = f"mean {values.mean():.3g}, variance {values.var():.3g}"
+        notes.append(f"{name}: {values.min():.3g} to {values.max():.3g}, {spread}")
+    return notes
+
+
+def number_of(row: Row, column: str) -> float:
+    """A cell's number. Raises MdlError for what float32 cannot hold."""
     text = row[column.lower()]
     try:
         value = float(text)

@@ -1,0 +1,107 @@
+"""MPIIGroupInteraction and UDIVA: snippets and windows, labels, side files and participants."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mdltool.data.formats.udiva import TRAITS
+from mdltool.data.index import ShardIndex
+from mdltool.errors import MdlError
+from mdltool.stages.shard import Dataset, run
+from tests.data.test_formats import read, touch
+from tests.data.tiny_shards import make_video
+
+BEHAVIOURS = ("Settle", "Legs crossed", "Groom")
+
+
+class TestMpiigi:
+    def folder(self, tmp_path: Path, inner: str = "clips_train", rows: str = "1,1,0,1\n2,0,0,0\n3,0,1,0\n") -> Path:
+        touch(tmp_path / "clips_train", *(f"{inner}/{n:05d}-video.mp4" for n in (1, 2)))
+        touch(tmp_path / "clips_train", *(f"{inner}/00001-audio{k}.wav" for k in range(3)))
+        (tmp_path / "bodily_train.csv").write_text(f"clip,{','.join(BEHAVIOURS)}\n{rows}")
+        (tmp_path / "bodily_val.csv").write_text("clip,Settle\n1,0\n")
+        return tmp_path
+
+    @pytest.mark.parametrize("inner", [".", "clips_train"])
+    def test_reads_snippets_labels_and_microphones(self, tmp_path: Path, inner: str) -> None:
+        listing = read("mpiigi", self.folder(tmp_path, inner), None, "train")
+        assert (listing.task, listing.classes) == ("multi_label", BEHAVIOURS)
+        first, second = listing.clips
+        assert (first.label, second.label) == ((0, 2), ())
+        folder = first.video.parent
+        assert first.sides == {f"audio_mic{k}": folder / f"00001-audio{k}.wav" for k in range(3)}
+        assert second.sides == {}
+        assert listing.missing == (("clips_train/3", "no file 3-video.*"),)
+        assert "microphones: beside 1 snippets" in listing.notes
+
+    def test_chosen_columns_and_names_of_files(self, tmp_path: Path) -> None:
+        folder = self.folder(tmp_path, rows="00002-video.mp4,0,1,1\n")
+        listing = read("mpiigi", folder, folder / "bodily_train.csv", "train", classes=["Groom", "Settle"])
+        assert (listing.classes, listing.clips[0].label) == (("Groom", "Settle"), (0,))
+
+    @pytest.mark.parametrize(
+        ("rows", "split", "what"),
+        [
+            ("1,2,0,1\n", "train", "'2' in column 'Settle' is not 0 or 1"),
+            ("a,1,0,1\n", "train", "'a' is no snippet"),
+            ("1,1,0,1\n", "test", "has 0 CSV files with 'test' in their names"),
+        ],
+    )
+    def test_faults(self, tmp_path: Path, rows: str, split: str, what: str) -> None:
+        with pytest.raises(MdlError, match=what):
+            read("mpiigi", self.folder(tmp_path, rows=rows), None, split)
+
+
+class TestUdiva:
+    def folder(self, tmp_path: Path) -> Path:
+        """Two sessions; the second participant of the first is the first of the second."""
+        metadata = tmp_path / "metadata_val"
+        metadata.mkdir()
+        (metadata / "sessions_val.csv").write_text("ID,LANGUAGE,PART.1,PART.2\n002003,es,2,3\n003005,es,3,5\n")
+        rows = [f"{person},F,{','.join(str(person + i / 10) for i in range(5))}" for person in (2, 3, 5)]
+        (metadata / "parts_val_unmasked.csv").write_text("\n".join([f"ID,GENDER,{','.join(TRAITS)}", *rows]) + "\n")
+        (metadata / "parts_val.csv").write_text("ID,GENDER\n2,F\n3,F\n5,F\n")
+        short = make_video(140, rate=25, size=(32, 32))
+        for session in ("002003", "003005"):
+            here = tmp_path / "recordings" / "talk_recordings_val" / session
+            here.mkdir(parents=True)
+            for camera in (1, 2):
+                (here / f"FC{camera}_T.mp4").write_bytes(short if session == "002003" else short[:100])
+        touch(tmp_path, "recordings/talk_recordings_val/002003/FC2_T.wav")
+        touch(tmp_path, "transcripts/002003/FC1_T.srt", "transcripts/003005_T.srt", "transcripts/002003_A.srt")
+        return tmp_path
+
+    def test_windows_traits_sides_and_participants(self, tmp_path: Path) -> None:
+        listing = read("udiva", self.folder(tmp_path), None, "val")
+        assert (listing.task, listing.classes) == ("regression", TRAITS)
+        here = tmp_path / "recordings" / "talk_recordings_val" / "002003"
+        assert [(clip.video, clip.start_s, clip.end_s) for clip in listing.clips] == [
+            (here / f"FC{camera}_T.mp4", start, start + 2.56) for camera in (1, 2) for start in (0.0, 2.56)
+        ]
+        assert listing.clips[0].label == (2.0, 2.1, 2.2, 2.3, 2.4)
+        assert listing.clips[2].label == (3.0, 3.1, 3.2, 3.3, 3.4)
+        one, other = here / "FC1_T.mp4", here / "FC2_T.wav"
+        text = tmp_path / "transcripts" / "002003" / "FC1_T.srt"
+        assert listing.clips[0].sides == {"audio_self": one, "audio_other": other, "text_self": text}
+        assert listing.clips[2].sides == {"audio_self": other, "audio_other": one, "text_other": text}
+        keys = [clip.key for clip in listing.clips]
+        assert listing.participants == {"2": tuple(keys[:2]), "3": tuple(keys[2:])}
+        assert len(listing.missing) == 2, "recordings that cannot be read are missing"
+
+    def test_shards_name_the_participants(self, tmp_path: Path) -> None:
+        folder = self.folder(tmp_path)
+        index = ShardIndex.open(run(Dataset(folder, "udiva", "udiva", "val"), tmp_path / "out"))
+        assert index.participants == {
+            person: {key for key in index.keys if f"FC{camera}_T" in key} for person, camera in (("2", 1), ("3", 2))
+        }
+        assert len(index) == 4
+
+    def test_faults(self, tmp_path: Path) -> None:
+        folder = self.folder(tmp_path)
+        with pytest.raises(MdlError, match=r"there is no sessions_train\.csv"):
+            read("udiva", folder, None, "train")
+        (folder / "metadata_val" / "parts_val_unmasked.csv").unlink()
+        with pytest.raises(MdlError, match="no column 'openmindedness_z'"):
+            read("udiva", folder, None, "val")
