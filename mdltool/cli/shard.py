@@ -51,7 +51,7 @@ Format = Annotated[
     typer.Option(
         "--format",
         help="folder, csv, multilabel, regression, coco, coco_multilabel, arrays, ucf101, hmdb51, kinetics, ssv2, "
-        "mit or activitynet.",
+        "mit, activitynet, epic_kitchens, epic_kitchens_actions, mpiigi or udiva.",
     ),
 ]
 Domain = Annotated[str, typer.Option("--domain", help="The domain's name.")]

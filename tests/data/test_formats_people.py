@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import wave
 from pathlib import Path
 
 import pytest
 
 from mdltool.data.formats.udiva import TRAITS
 from mdltool.data.index import ShardIndex
+from mdltool.data.modalities.asked import asked
 from mdltool.errors import MdlError
-from mdltool.stages.shard import Dataset, run
+from mdltool.stages.shard import Dataset, Writing, run
 from tests.data.test_formats import read, touch
 from tests.data.tiny_shards import make_video
+from tests.data.tiny_sound import RATE, tone
+from tests.data.tiny_sound import make_video as make_sounding
 
 BEHAVIOURS = ("Settle", "Legs crossed", "Groom")
 
@@ -40,6 +44,26 @@ class TestMpiigi:
         folder = self.folder(tmp_path, rows="00002-video.mp4,0,1,1\n")
         listing = read("mpiigi", folder, folder / "bodily_train.csv", "train", classes=["Groom", "Settle"])
         assert (listing.classes, listing.clips[0].label) == (("Groom", "Settle"), (0,))
+
+    def test_shards_take_the_microphones_that_the_layout_names(self, tmp_path: Path) -> None:
+        """The second snippet has none: its stream is missing, not its video's own track."""
+        folder = self.folder(tmp_path, inner=".")
+        for n in (1, 2):
+            (folder / "clips_train" / f"{n:05d}-video.mp4").write_bytes(
+                make_sounding(tone(1.6), 1.6, container="mp4")
+            )
+        with wave.open(str(folder / "clips_train" / "00001-audio0.wav"), "wb") as file:
+            file.setparams((1, 2, RATE, 0, "NONE", ""))
+            file.writeframes(tone(1.6).astype("<i2").tobytes())
+        streams = asked(("audio_mic0",), (), (), ("audio_mic0.bands=16", "audio_mic0.fft=512", "audio_mic0.bins=4"))
+        index = ShardIndex.open(
+            run(Dataset(folder, "mpiigi", "d", "train"), tmp_path / "out", Writing(streams=streams))
+        )
+        found = {key: index.clip(i)[0]["streams"]["audio_mic0"] for i, key in enumerate(index.keys)}
+        assert found["clips_train/00001-video"]["tokens"] > 0
+        assert found["clips_train/00002-video"]["tokens"] == 0
+        assert found["clips_train/00002-video"]["missing"]
+        assert index.streams["audio_mic0"].clips == 1
 
     @pytest.mark.parametrize(
         ("rows", "split", "what"),

@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 
 from mdltool.data.features import DEFAULTS, Extractor, make_extractor, with_options
+from mdltool.data.formats.common import relative_name
 from mdltool.data.modalities.asked import Asked
 from mdltool.data.modalities.flow import FlowOptions, resolved
 from mdltool.data.modalities.sides import Sides, names_of
 from mdltool.data.modalities.sound import SoundOptions
 from mdltool.data.modalities.transcripts import TextOptions
 from mdltool.errors import MdlError
+from mdltool.files import digest_of
 from mdltool.registry import did_you_mean
 from mdltool.types import Clip, StreamInfo
 
@@ -57,7 +59,8 @@ class Streams:
 
     def __init__(self, wanted: Sequence[Asked], clips: Sequence[Clip], source: Path) -> None:
         self._source = source
-        self._sides = {entry.name: _sides(entry, source) for entry in wanted}
+        self._listed = {entry.name: _listed(entry, clips, source) for entry in wanted}
+        self._sides = {e.name: None if self._listed[e.name] else _sides(e, source) for e in wanted}
         self.plans = [self._plan(entry, clips) for entry in wanted]
 
     def of(self, clip: Clip) -> tuple[ClipStream, ...]:
@@ -67,15 +70,14 @@ class Streams:
 
     def request(self) -> dict[str, Any]:
         """What of this decides the bytes."""
-        sides = ((name, sides.digest if sides else None) for name, sides in self._sides.items())
-        digests = dict(sides)
+        digests = {name: sides.digest if sides else self._listed[name] for name, sides in self._sides.items()}
         return {p.name: {**index_entry(p.info), "sources": digests[p.name]} for p in self.plans}
 
     def note(self, clips: Sequence[Clip]) -> list[str]:
         """For each stream that reads files of its own, how many clips have one."""
         found = []
         for plan in self.plans:
-            if self._sides[plan.name] is not None:
+            if self._sides[plan.name] is not None or self._listed[plan.name]:
                 there = sum(self._file(plan, clip)[0] is not None for clip in clips)
                 found.append(f"{plan.name}: files for {there} of {len(clips)} clips")
         return found
@@ -84,7 +86,7 @@ class Streams:
         """(a clip's file, whether it is of the whole video)."""
         sides = self._sides[plan.name]
         if sides is None:
-            return None, True
+            return clip.sides.get(plan.name), True
         if plan.info.extractor == FILES:
             own = sides.of(clip.video, clip.key)
             if own is not None:
@@ -96,7 +98,8 @@ class Streams:
             plan = StreamPlan(entry.name, StreamInfo(entry.kind, 1, FILES, {}, "1", 0))
             width = self._stored_width(plan, clips, entry.features)
             return dataclasses.replace(plan, info=dataclasses.replace(plan.info, width=width))
-        return _extracted(entry)
+        plan = _extracted(entry)
+        return dataclasses.replace(plan, side=True) if self._listed[entry.name] else plan
 
     def _stored_width(self, plan: StreamPlan, clips: Sequence[Clip], folder: Path) -> int:
         """The width of the first clip's features that are there, in order of the keys."""
@@ -134,6 +137,15 @@ def load_features(path: Path, width: int | None) -> np.ndarray:
     if not np.isfinite(found).all():
         raise MdlError("the features hold values that are not finite", path, "make the file again")
     return found if found.dtype == np.float16 else found.astype(np.float32)
+
+
+def _listed(entry: Asked, clips: Sequence[Clip], source: Path) -> str | None:
+    """The digest of the side files that the annotation format itself names for a stream; None: of none."""
+    if entry.side is not None or entry.features is not None:
+        return None
+    files = {clip.sides[entry.name] for clip in clips if entry.name in clip.sides}
+    rows = sorted([relative_name(file, source), file.stat().st_size] for file in files)
+    return digest_of(rows) if rows else None
 
 
 def _sides(entry: Asked, source: Path) -> Sides | None:
