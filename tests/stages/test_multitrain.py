@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ from mdltool.artifact import open_artifact
 from mdltool.data.index import ShardIndex
 from mdltool.recipe import find
 from tests.conftest import Ran, World
-from tests.processes import start
+from tests.processes import Process, start
 
 CHANGES = (
     "train.steps.0.updates=6",
@@ -138,12 +137,12 @@ def test_domains_come_and_go(model: Path, world: World, mdltool: Callable[..., R
     assert mdltool("eval", larger, "--views", "1x1", "--work", world.work, "--out", tmp_path / "e").code == 0
 
 
-def ranks(world: int, words: list[str]) -> list[subprocess.Popen[str]]:
+def ranks(world: int, words: list[str]) -> list[Process]:
     """mdltool once for each rank; each has this process's number of threads, which decides the last bits."""
     return start(world, "mdltool", *words, threads=torch.get_num_threads())
 
 
-def after_step(partial: Path, step: int, processes: list[subprocess.Popen[str]]) -> None:
+def after_step(partial: Path, step: int, processes: list[Process]) -> None:
     """Wait until a running training has logged an update."""
     metrics, deadline = partial / "metrics.jsonl", time.monotonic() + 120
     while time.monotonic() < deadline and all(process.poll() is None for process in processes):
@@ -153,7 +152,7 @@ def after_step(partial: Path, step: int, processes: list[subprocess.Popen[str]])
     raise AssertionError([process.communicate()[1] for process in processes])
 
 
-def kill(processes: list[subprocess.Popen[str]]) -> None:
+def kill(processes: list[Process]) -> None:
     for process in processes:
         process.kill()
         process.communicate()

@@ -7,7 +7,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from mdltool.artifact import open_artifact
 from mdltool.model_store import load_model, read_tensors
 from mdltool.recipe import find
 from tests.conftest import TINY, Ran, World
+from tests.processes import Process, start
 
 MDLTOOL = [sys.executable, "-m", "mdltool"]
 
@@ -98,26 +98,20 @@ def test_damaged_weights_leave_nothing_behind(
     assert [path.name for path in tmp_path.iterdir()] == ["cut"]
 
 
+@pytest.mark.parametrize("torchrun", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_two_processes_give_the_scores_of_one(
-    model: Path, world: World, mdltool: Callable[..., Ran], tmp_path: Path
+    torchrun: bool, model: Path, world: World, mdltool: Callable[..., Ran], tmp_path: Path
 ) -> None:
     words = ["eval", str(model), "--views", "2x3", "--work", str(world.work), "--workers", "0"]
     one = mdltool(*words, "--out", tmp_path / "one").path
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "mdltool",
-    ]
-    ran = subprocess.run(
-        [*launch, *words, "--out", str(tmp_path / "two")], capture_output=True, text=True, check=False
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.strip() == str(tmp_path / "two"), "one path, from one process"
+    words = ["mdltool", *words, "--out", str(tmp_path / "two")]
+    if torchrun:
+        processes = [Process("torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", *words)]
+    else:
+        processes = start(2, *words)
+    said = [process.communicate() for process in processes]
+    assert not any(process.returncode for process in processes), said
+    assert "".join(out for out, _ in said) == f"{tmp_path / 'two'}\n", "one path, from one process"
     tables = [pq.read_table(path / "scores.parquet").to_pylist() for path in (one, tmp_path / "two")]
     assert [(r["domain"], r["key"], r["label"]) for r in tables[0]] == [
         (r["domain"], r["key"], r["label"]) for r in tables[1]
@@ -217,7 +211,7 @@ def test_train_refuses(
 
 def killed_run(words: list[str], out: Path, rng: random.Random, at: str | None = None) -> None:
     """Start the run and SIGKILL it: after a random number of logged lines, or while a file of name `at` exists."""
-    process = subprocess.Popen([*MDLTOOL, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = Process("mdltool", *words)
     partial = out.with_name(out.name + ".partial")
     log = partial / "metrics.jsonl"
     already = len(log.read_text().splitlines()) if log.exists() else 0
@@ -230,8 +224,8 @@ def killed_run(words: list[str], out: Path, rng: random.Random, at: str | None =
             time.sleep(rng.random() * 0.2)
             break
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.communicate()
 
 
 def assert_kills_change_nothing(kills: int, world: World, mdltool: Callable[..., Ran], tmp_path: Path) -> None:
@@ -248,8 +242,9 @@ def assert_kills_change_nothing(kills: int, world: World, mdltool: Callable[...,
         if out.exists():
             break
     assert landed >= min(kills, 3)
-    ran = subprocess.run([*MDLTOOL, *words, "--resume"], capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
+    last = Process("mdltool", *words, "--resume")
+    _, err = last.communicate()
+    assert last.returncode == 0, err
     a, b = (read_tensors(path / "weights" / "last.safetensors") for path in (steady, out))
     assert a.keys() == b.keys()
     assert all(torch.equal(a[key], b[key]) for key in a)
@@ -314,7 +309,10 @@ def test_a_stopped_run_exits_with_75(world: World, tmp_path: Path) -> None:
 
 
 def test_real_clips_are_overfitted(test_data: Path, mdltool: Callable[..., Ran], tmp_path: Path) -> None:
-    """A handful of real clips, from their files through shard, train, eval and predict, to 100%."""
+    """A handful of real clips, from their files through shard, train, eval and predict, to 100%.
+
+    Encoded small, since each is decoded many times.
+    """
     work, source = tmp_path / "artifacts", tmp_path / "clips"
     chosen = {}
     for name in ("PlayingPiano", "Surfing", "HorseRace"):
@@ -323,7 +321,8 @@ def test_real_clips_are_overfitted(test_data: Path, mdltool: Callable[..., Ran],
             os.symlink(clip, source / name / clip.name)
             chosen[clip] = name
     for split in ("train", "val"):
-        words = ("--format", "folder", "--domain", "ucf101", "--split", split, "--work", work)
+        small = ("--encode", "h264", "--short-side", 72)
+        words = ("--format", "folder", "--domain", "ucf101", "--split", split, "--work", work, *small)
         assert mdltool("shard", source, *words).code == 0
     sets = (
         "train.steps.0.updates=120",

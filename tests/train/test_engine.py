@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +30,7 @@ from mdltool.types import Batch
 from tests.adapters.test_contract import clip, make, randomise
 from tests.conftest import World
 from tests.models import clips, tiny_model, tiny_spec
-from tests.processes import start
+from tests.processes import Process, start
 from tests.train.test_loop import DOMAINS, SGD, loader, model_of, spec, states_equal, trainer
 
 
@@ -241,7 +240,7 @@ def test_names_that_torch_keeps_for_itself(name: str) -> None:
         build_model(tiny_spec(None, domains=(name,)))
 
 
-def ended(processes: list[subprocess.Popen[str]], within: float) -> list[tuple[int, str]]:
+def ended(processes: list[Process], within: float) -> list[tuple[int, str]]:
     """(exit code, stderr) of each process; none may take longer."""
     deadline = time.monotonic() + within
     found = []
