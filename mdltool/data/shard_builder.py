@@ -143,6 +143,7 @@ class Builder:
             scratch = self._scratch / str(next(self._numbers))
             limit_s = self._effort.limit_s + self._sizes[clip.video] / _SLOWEST_BYTES_PER_S
             streams = self._streams.of(clip) if self._streams is not None else ()
+            limit_s += sum(stream.plan.limit_s for stream in streams)
             yield Job(clip, self._writing.encoding, self._writing.full_check, scratch, limit_s, streams)
 
 

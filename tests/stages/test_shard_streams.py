@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from mdltool.data.index import ShardIndex
 from mdltool.data.modalities.asked import asked
 from mdltool.data.modalities.clip import prepare_with_streams
 from mdltool.data.modalities.plan import Streams
+from mdltool.data.modalities.video import streams_of_video
 from mdltool.errors import MdlError
 from mdltool.stages.shard import Dataset, Effort, Writing, merge, outlook, run
 from mdltool.types import Clip
@@ -130,6 +132,31 @@ class TestContent:
         with av.open(io.BytesIO(audio.raw[1])) as container:
             samples = np.concatenate([frame.to_ndarray().ravel() for frame in container.decode(audio=0)])
         assert np.array_equal(samples, tone(1.6)[round(0.8 * RATE) : round(1.4 * RATE)])
+
+
+class TestOfAVideo:
+    def test_are_those_of_its_shards(self, made: Artifact, videos: Path) -> None:
+        index = ShardIndex.open(made)
+        for key, video in (("wave/clip_0", "wave/clip.0.mkv"), ("box/clip_5", "box/clip.5.mkv")):
+            _, _, stored = index.clip_and_streams(index.keys.index(key), {"audio": 64, "text": 512})
+            found = streams_of_video(videos / video, index.streams)
+            for name, tokens in stored.items():
+                assert np.array_equal(found[name].tokens_MD, tokens)
+                assert (found[name].missing is None) == bool(len(tokens))
+
+    def test_of_a_part_with_a_side_file(self, made: Artifact, videos: Path, tmp_path: Path) -> None:
+        side = tmp_path / "said.csv"
+        side.write_text("start,end,text\n0,0.4,no\n0.5,1,hello there\n")
+        index = ShardIndex.open(made)
+        found = streams_of_video(videos / "box/clip.5.mkv", index.streams, trim=(0.48, 1.2), sides={"text": side})
+        _, _, stored = index.clip_and_streams(index.keys.index("wave/clip_0"), {"text": 512})
+        assert np.array_equal(found["text"].tokens_MD, stored["text"][:1])
+        assert found["audio"].missing == "the video has no audio track"
+
+    def test_another_version_of_the_extractor_is_refused(self, made: Artifact, videos: Path) -> None:
+        info = replace(ShardIndex.open(made).streams["audio"], version="0")
+        with pytest.raises(MdlError, match="'audio' comes from version 0 of log_mel, here is 1"):
+            streams_of_video(videos / "wave/clip.0.mkv", {"audio": info})
 
 
 class TestSameBytes:

@@ -29,7 +29,7 @@ class LogMel:
     hop_ms, patch_s, patch_hop_s: times. bins: parts of a patch's time that a token keeps apart."""
 
     bands: int = 128
-    fft: int = 2048
+    fft: int = 1024
     window_ms: float = 10.0
     hop_ms: float = 5.0
     patch_s: float = 0.96

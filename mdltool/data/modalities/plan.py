@@ -42,6 +42,13 @@ class StreamPlan:
     method: str = ""
     weights: str = ""
 
+    @property
+    def limit_s(self) -> float:
+        """How much longer than without it a clip may take, on a busy core."""
+        if self.method.startswith("raft"):
+            return 20.0 * float(self.raw.stacks * self.raw.pairs)
+        return 300.0 if self.info.extractor == "transformers" else 0.0
+
 
 @dataclass(frozen=True)
 class ClipStream:
@@ -98,7 +105,7 @@ class Streams:
             plan = StreamPlan(entry.name, StreamInfo(entry.kind, 1, FILES, {}, "1", 0))
             width = self._stored_width(plan, clips, entry.features)
             return dataclasses.replace(plan, info=dataclasses.replace(plan.info, width=width))
-        plan = _extracted(entry)
+        plan = extracted(entry)
         return dataclasses.replace(plan, side=True) if self._listed[entry.name] else plan
 
     def _stored_width(self, plan: StreamPlan, clips: Sequence[Clip], folder: Path) -> int:
@@ -165,8 +172,8 @@ def _sides(entry: Asked, source: Path) -> Sides | None:
     return None
 
 
-def _extracted(entry: Asked) -> StreamPlan:
-    """The plan of a stream whose tokens are extracted from the raw one."""
+def extracted(entry: Asked) -> StreamPlan:
+    """The plan of a stream whose tokens are extracted from the raw one. Raises MdlError for bad options."""
     where = f"--set {entry.name}"
     settings = dict(entry.settings)
     name = settings.pop("extractor", DEFAULTS[entry.kind])
