@@ -97,7 +97,8 @@ class DomainPart(Part):
 class StreamPart(Part):
     """A stream of embeddings beside the frames, for the adapter `caa`. width: of what the adapter sees. input: of
     the stored array, where it is another. embedder: the trained map from input to width. layers: the blocks that
-    read it, where these are fewer than the adapter's. extractor: what makes the array, frozen.
+    read it, where these are fewer than the adapter's. extractor: what makes the array, frozen; training takes it,
+    its options and its version from the shards, and refuses others than are given here.
     """
 
     kind: Literal["audio", "flow", "text"]
@@ -108,6 +109,7 @@ class StreamPart(Part):
     layers: str | None = None
     extractor: str | None = None
     extractor_options: dict[str, Any] = {}
+    extractor_version: str | None = None
 
 
 class AdapterPart(OpenPart):

@@ -42,6 +42,7 @@ HELPERS = {
     "compression",
     "sweeping",
     "whitening",
+    "sources",
 }  # in stages/, but no stages
 
 

@@ -32,6 +32,14 @@ def predict(
         int, typer.Option("--batch", min=1, help="Views, of whatever domains, in one pass through the model.")
     ] = 32,
     weights: Annotated[str, typer.Option("--weights", help="last, best or ema.")] = "last",
+    side: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--side",
+            help="Of a stream, the side file of all videos, or a folder of files by their names.",
+            metavar="STREAM=PATH",
+        ),
+    ] = None,
     work: options.Work = None,
     as_json: options.Json = False,
 ) -> None:
@@ -53,12 +61,24 @@ def predict(
         raise MdlError("no video was given", "VIDEO", "mdltool predict [MODEL] VIDEO... --domain D")
     chosen = resolve(given, "model", place)
 
+    from mdltool.data.modalities.asked import paths_of
     from mdltool.stages import predict as stage
 
     results = stage.run(
-        chosen, videos, domain or (), topk=topk, views=views, weights=weights, batch=batch, work=place
+        chosen,
+        videos,
+        domain or (),
+        topk=topk,
+        views=views,
+        weights=weights,
+        batch=batch,
+        work=place,
+        sides=paths_of("--side", side or ()),
     )
     for found in results:
+        for name, stream in found.get("streams", {}).items():
+            if stream["missing"]:
+                console.say(f"{found['video']}: without {name} ({stream['missing']})")
         if as_json:
             console.result(json.dumps(found, ensure_ascii=False))
         else:

@@ -145,7 +145,7 @@ class _Request:
 class ViewLoader:
     """ClipViews of every clip of a split exactly once over all processes, in the index's order.
 
-    modalities: width of each stream of embeddings that comes along. Raises MdlError for shards without one.
+    modalities: width of each stream of embeddings that comes along; what the shards lack is absent from every clip.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class ViewLoader:
         world: int = 1,
         modalities: Mapping[str, int] | None = None,
     ) -> None:
-        check_stored(index, modalities or {})
+        check_stored(index, modalities or {}, all_there=False)
         self.clips = list(range(rank, len(index), world))
         self.views = _ClipViewsOf(index, spec, modalities or {})
         self.workers = _usable(workers, len(self.clips), "clips")

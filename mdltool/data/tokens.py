@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from mdltool import console
 from mdltool.errors import MdlError
 from mdltool.types import StreamTokens
 
@@ -18,23 +19,30 @@ if TYPE_CHECKING:
     from mdltool.data.index import ShardIndex
 
 
-def check_stored(index: ShardIndex, widths: Mapping[str, int]) -> None:
-    """Raises MdlError unless the shards hold each of these streams, so wide, in at least one clip."""
+def check_stored(index: ShardIndex, widths: Mapping[str, int], *, all_there: bool = True) -> None:
+    """Raises MdlError unless the shards hold each of these streams, so wide, in at least one clip.
+
+    all_there: False says what they lack, and leaves it at that.
+    """
     for name, width in widths.items():
         found = index.streams.get(name)
         whose = f"{index.domain}/{index.split}"
+        if not all_there and (found is None or (found.width == width and found.clips == 0)):
+            console.say(f"no clip of the shards {whose} has the stream '{name}': they are scored without it")
+            continue
         if found is None:
             held = ", ".join(f"{n} ({info.kind}, {info.width} wide)" for n, info in index.streams.items())
             raise MdlError(
                 f"the shards {whose} have no stream '{name}' (they have: {held or 'none'})",
                 index.folder,
-                f"shard again with --modality {name}, or leave it out of the recipe's streams",
+                f"shard again with --modality {name}, or --set domains.{index.domain}.streams=[...] without it",
             )
         if found.width != width:
             raise MdlError(
                 f"the stream '{name}' is {found.width} wide in the shards {whose}, {width} in the recipe",
                 index.folder,
-                f"--set streams.{name}.input={found.width}, or shard again with the recipe's extractor options",
+                f"--set streams.{name}.input={found.width} (with streams.{name}.embedder=linear for a width of the "
+                "recipe's), or shard again",
             )
         if found.clips == 0:
             raise MdlError(

@@ -30,6 +30,7 @@ from mdltool.source_adapters import begin_as_source
 from mdltool.stages.continuing import alone, joined, settled
 from mdltool.stages.fitting import Scope, fit, gather_data
 from mdltool.stages.plan import completed, model_spec
+from mdltool.stages.sources import with_sources
 from mdltool.train.checkpoint import save_tensors
 from mdltool.train.distributed import join_world
 from mdltool.train.plan import Progress
@@ -61,6 +62,7 @@ def run(
     recipe = settled(alone(content["recipe"], domain, _task(shards)), overrides, source)
     whole = joined(content["recipe"], recipe, domain, source)
     data = gather_data(recipe, shards)
+    recipe = with_sources(recipe, data)
     given = (("model", source), ("train", data[domain].train), ("val", data[domain].val))
     inputs = [artifact.as_input(role) for role, artifact in given if artifact is not None]
     own = bool(content["own_backbone"])

@@ -25,6 +25,7 @@ from mdltool.schema import Recipe
 from mdltool.source_adapters import begin_as_source, check_source_adapters
 from mdltool.stages.fitting import DomainData, fit, gather_data
 from mdltool.stages.plan import check, completed, model_spec
+from mdltool.stages.sources import with_sources
 from mdltool.train.checkpoint import save_tensors
 from mdltool.train.distributed import join_world
 from mdltool.train.plan import Progress
@@ -44,6 +45,7 @@ def run(
     """Train a recipe's model on shards; an interrupted run is continued with `resume`."""
     check(recipe)
     data = gather_data(recipe, shards)
+    recipe = with_sources(recipe, data)
     spec = model_spec(recipe, {name: len(d.train_index.classes) for name, d in data.items()})
     source = choose_backbone(backbone, work, spec, recipe.backbone.weights)
     check_source_adapters(spec, source, recipe.backbone.adapters)

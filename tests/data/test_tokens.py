@@ -105,10 +105,20 @@ def test_says_what_the_shards_hold(indices: list[ShardIndex]) -> None:
     with pytest.raises(
         MdlError, match=r"one/train have no stream 'flow' \(they have: audio \(audio, 3 wide\)"
     ) as told:
-        ViewLoader(indices[0], ViewSpec(1, 1, SAMPLING, 36, 32), workers=0, modalities={"flow": 8})
+        batches([Stream(indices[0], SAMPLING, TRANSFORM, {"flow": 8})], InTurn({"one": 6}, {"one": 2}, 0))
     assert "--modality flow" in str(told.value)
     with pytest.raises(MdlError, match=r"two/train have no stream 'audio' \(they have: none"):
         batches([Stream(indices[1], SAMPLING, TRANSFORM, {"audio": 3})], InTurn({"two": 3}, {"two": 2}, 0))
+
+
+def test_scoring_goes_without_what_is_not_there(
+    indices: list[ShardIndex], capsys: pytest.CaptureFixture[str]
+) -> None:
+    clips = list(ViewLoader(indices[1], ViewSpec(1, 1, SAMPLING, 36, 32), workers=0, modalities={"audio": 3}))
+    assert [clip.streams["audio"].shape for clip in clips] == [(0, 3)] * 3
+    assert "two/train has the stream 'audio': they are scored without it" in capsys.readouterr().err
+    with pytest.raises(MdlError, match="'audio' is 3 wide in the shards one/train, 4 in the recipe"):
+        ViewLoader(indices[0], ViewSpec(1, 1, SAMPLING, 36, 32), workers=0, modalities={"audio": 4})
 
 
 def test_wrong_widths(indices: list[ShardIndex], tmp_path: Path) -> None:

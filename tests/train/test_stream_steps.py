@@ -46,7 +46,9 @@ def trained(
         StepSpec("frozen", updates[0], sgd, ScheduleSpec(), ("mhva", "prefix")),
         StepSpec("frozen", updates[1], sgd, ScheduleSpec(), **last),
     )
-    plan = TrainSpec(steps[: 1 + bool(updates[1])], ("a",), 1, "frozen", channels_last=False, val_every=int(validate is not None))
+    plan = TrainSpec(
+        steps[: 1 + bool(updates[1])], ("a",), 1, "frozen", channels_last=False, val_every=int(validate is not None)
+    )
     folder.mkdir(parents=True, exist_ok=True)
     parts = RunParts(batches, validate, lambda m: m.tensors(), Accelerator(cpu=True), 1)
     return model, Trainer(model, plan, TaskObjective({"a": SingleLabel()}), folder, parts).run()

@@ -50,8 +50,10 @@ def asked(
         if name in kinds:
             raise MdlError(f"the stream '{name}' is given twice", f"--modality {word}", "name each stream once")
         kinds[name] = kind
-    side = _paths("--side", sides, kinds)
-    own = _paths("--features", features, kinds)
+    side, own = paths_of("--side", sides), paths_of("--features", features)
+    for option, names in (("--side", side), ("--features", own)):
+        for name in names:
+            _known(name, kinds, f"{option} {name}")
     values = _settings(settings, kinds)
     for name in own:
         if name in side or values.get(name):
@@ -63,7 +65,8 @@ def asked(
     return tuple(Asked(n, kind, side.get(n), own.get(n), values.get(n, {})) for n, kind in kinds.items())
 
 
-def _paths(option: str, words: Iterable[str], names: Mapping[str, str]) -> dict[str, Path]:
+def paths_of(option: str, words: Iterable[str]) -> dict[str, Path]:
+    """STREAM=PATH by stream. Raises MdlError for a path that is not there."""
     found: dict[str, Path] = {}
     for word in words:
         name, equals, path = word.partition("=")
@@ -71,7 +74,6 @@ def _paths(option: str, words: Iterable[str], names: Mapping[str, str]) -> dict[
             raise MdlError(
                 f"'{word}' names no path", option, f"write {option} STREAM=PATH, e.g. {option} text=subs"
             )
-        _known(name, names, f"{option} {word}")
         if name in found:
             raise MdlError(f"'{name}' is given twice", f"{option} {word}", "give each stream one path")
         found[name] = Path(path).expanduser()
