@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.models.video.mvit import MultiscaleBlock
 
-from mdltool.backbones.transformer import Names, OpenAttention, OpenBlock, attend
+from mdltool.backbones.transformer import Names, OpenAttention, OpenBlock, Prefix, attend, both_of
 from mdltool.wrapping import Route, TokenGrid, Wrapper
 
 Grid = tuple[int, int, int]
@@ -38,7 +38,12 @@ def pooled(pool: Any, x: Tensor, grid: TokenGrid) -> tuple[Tensor, TokenGrid]:
 
 
 def multiscale_attention(
-    layer: Any, x: Tensor, grid: TokenGrid, prefix_LC: Tensor | None = None, gate: Tensor | None = None
+    layer: Any,
+    x: Tensor,
+    grid: TokenGrid,
+    prefix: Tensor | None = None,
+    gate: Tensor | None = None,
+    mass: Tensor | None = None,
 ) -> Tensor:
     """torchvision's MultiscaleAttention, class token or not: (softmax(q k^T / sqrt(D) + bias) v + q) through the
     output projection (spec multitrain 2.1).
@@ -52,7 +57,7 @@ def multiscale_attention(
     v, _ = pooled(layer.pool_v, v, grid)
     q, k, v = (part.flatten(1, -2).unflatten(0, (-1, layer.num_heads)) for part in (q, k, v))
     bias = None if layer.rel_pos_h is None else relative_bias(layer, q, q_grid, k_grid)
-    y_BHND = attend(q, k, v, bias, _prefix(layer, prefix_LC, gate))
+    y_BHND = attend(q, k, v, bias, _prefix(layer, prefix, gate, mass))
     if layer.residual_pool:
         if q_grid.layout == "clip" and not layer.residual_with_cls_embed:
             q = functional.pad(q[:, :, 1:], (0, 0, 1, 0))
@@ -91,22 +96,23 @@ def _distances(table_RD: Tensor, queries: int, keys: int) -> Tensor:
     return table_RD[(at_query - before_end).long()]
 
 
-def _prefix(layer: Any, prefix_LC: Tensor | None, gate: Tensor | None) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Keys and values of a prefix, [H, L, D]: the last two thirds of the fused weight, without bias.
+def _prefix(layer: Any, prefix: Tensor | None, gate: Tensor | None, mass: Tensor | None) -> Prefix | None:
+    """Keys and values by the last two thirds of the fused weight, without bias.
 
     A prefix token has no place in the grid, so it takes the class token's way: past the pooling convolution,
     through the norm after it, which brings it to the scale of the pooled keys and values.
     """
-    if prefix_LC is None or gate is None:
+    if prefix is None or gate is None:
         return None
     qkv = layer.qkv
     while isinstance(qkv, Wrapper):  # LoRA, which the prefix does not pass
         qkv = qkv.inner
-    rows = functional.linear(prefix_LC, qkv.weight[layer.output_dim :]).chunk(2, -1)
+    weights = qkv.weight.chunk(3)[1:]
+    rows = [functional.linear(part_LC, weight) for part_LC, weight in zip(both_of(prefix), weights, strict=True)]
     keys, values = (part.unflatten(-1, (layer.num_heads, -1)).transpose(0, 1) for part in rows)
     if layer.pool_k is not None:
         keys, values = layer.pool_k.norm_act(keys), layer.pool_v.norm_act(values)
-    return keys, values, gate
+    return Prefix(keys, values, gate, mass)
 
 
 def shortcut(block: Any, x: Tensor, grid: TokenGrid) -> tuple[Tensor, TokenGrid]:
@@ -141,9 +147,15 @@ class PooledAttention(OpenAttention):
         super().__init__(inner)
         self._route = route
 
-    def forward(self, x: Tensor, prefix_LC: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        prefix: Tensor | None = None,
+        gate: Tensor | None = None,
+        mass: Tensor | None = None,
+    ) -> Tensor:
         assert self._route.tokens is not None, "the block sets the grid before its attention runs"
-        return multiscale_attention(self.inner, x, self._route.tokens, prefix_LC, gate)
+        return multiscale_attention(self.inner, x, self._route.tokens, prefix, gate, mass)
 
 
 class OpenMultiscaleBlock(OpenBlock):

@@ -14,7 +14,7 @@ from torch.nn import functional
 from torchvision.models.video.swin_transformer import SwinTransformer3d
 
 from mdltool.backbones.base import BackboneOptions
-from mdltool.backbones.transformer import Names, OpenAttention, TransformerBackbone, attend
+from mdltool.backbones.transformer import Names, OpenAttention, Prefix, TransformerBackbone, attend, both_of
 from mdltool.wrapping import TokenGrid, Wrapper
 
 Size = Annotated[int, Field(ge=1)]
@@ -35,7 +35,13 @@ class WindowAttention(OpenAttention):
         window: Any = inner.window_size
         self.window = (window[0], window[1], window[2])
 
-    def forward(self, x_BTHWC: Tensor, prefix_LC: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x_BTHWC: Tensor,
+        prefix: Tensor | None = None,
+        gate: Tensor | None = None,
+        mass: Tensor | None = None,
+    ) -> Tensor:
         layer: Any = self.inner
         size, heads = x_BTHWC.shape[1:4], layer.num_heads
         # As the library: where the map is no larger than the window, the window is the map and there is no shift.
@@ -53,7 +59,7 @@ class WindowAttention(OpenAttention):
             mask_VNN = _shift_mask(padded, window, shift, q)
             bias_BHNN = (bias_BHNN + mask_VNN[:, None]).repeat(len(x_BTHWC), 1, 1, 1)
         dropout = layer.attention_dropout if layer.training else 0.0
-        y = attend(q, k, v, bias_BHNN, _prefix(layer, prefix_LC, gate), dropout)
+        y = attend(q, k, v, bias_BHNN, _prefix(layer, prefix, gate, mass), dropout)
         y = _unpartition(y, len(x_BTHWC), padded, window)
         y = functional.dropout(layer.proj(y), layer.dropout, layer.training)
         if any(shift):
@@ -61,16 +67,17 @@ class WindowAttention(OpenAttention):
         return y[:, : size[0], : size[1], : size[2]]
 
 
-def _prefix(layer: Any, prefix_LC: Tensor | None, gate: Tensor | None) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Keys and values of a prefix, [heads, L, D]: rows C..3C-1 of the fused weight, without bias."""
-    if prefix_LC is None or gate is None:
+def _prefix(layer: Any, prefix: Tensor | None, gate: Tensor | None, mass: Tensor | None) -> Prefix | None:
+    """Keys and values by rows C..3C-1 of the fused weight, without bias."""
+    if prefix is None or gate is None:
         return None
     qkv = layer.qkv
     while isinstance(qkv, Wrapper):  # LoRA, which the prefix does not pass
         qkv = qkv.inner
-    keys, values = functional.linear(prefix_LC, qkv.weight[prefix_LC.shape[1] :]).chunk(2, -1)
-    split = [rows.unflatten(-1, (layer.num_heads, -1)).transpose(0, 1) for rows in (keys, values)]
-    return split[0], split[1], gate
+    weights = qkv.weight.chunk(3)[1:]
+    rows = [functional.linear(part_LC, weight) for part_LC, weight in zip(both_of(prefix), weights, strict=True)]
+    keys, values = (part.unflatten(-1, (layer.num_heads, -1)).transpose(0, 1) for part in rows)
+    return Prefix(keys, values, gate, mass)
 
 
 def _partition(x_BTHWC: Tensor, window: list[int], heads: int) -> Tensor:

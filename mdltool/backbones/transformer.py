@@ -56,8 +56,33 @@ class OpenAttention(Wrapper):
     window: tuple[int, int, int] | None = None
 
     @abstractmethod
-    def forward(self, x: Tensor, prefix_LC: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
-        """Attention of tokens x; with a prefix, gated as `attend` says. The shape of x is kept."""
+    def forward(
+        self,
+        x: Tensor,
+        prefix: Tensor | None = None,
+        gate: Tensor | None = None,
+        mass: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of tokens x; with a prefix, [L, C] for keys and values or [2, L, C] of each their own, mixed in
+        as `attend` says. The shape of x is kept.
+        """
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """A prefix as an attention joins it: keys and values [H, L, D], gate g, and a number in place of the prefix's
+    share of the softmax; None: the share itself.
+    """
+
+    keys_HLD: Tensor
+    values_HLD: Tensor
+    gate: Tensor
+    mass: Tensor | None = None
+
+
+def both_of(prefix: Tensor) -> tuple[Tensor, Tensor]:
+    """What becomes the keys and what the values of a prefix, [L, C] each."""
+    return (prefix[0], prefix[1]) if prefix.ndim == 3 else (prefix, prefix)
 
 
 def attend(
@@ -65,27 +90,28 @@ def attend(
     k_BHND: Tensor,
     v_BHND: Tensor,
     bias: Tensor | None,
-    prefix: tuple[Tensor, Tensor, Tensor] | None,
+    prefix: Prefix | None,
     dropout: float = 0.0,
 ) -> Tensor:
     """softmax(q k^T / sqrt(D) + bias) v, [B, H, N, D]; bias broadcasts to [B, H, N, N].
 
-    prefix: keys [H, L, D], values [H, L, D] and gate g. Then (1 - g m) h + g m p, where h attends to the tokens, p
-    to the prefix, and m is the prefix's share of the softmax over both (CM3T, eq. 3; spec cm3t 2.3). g = 1 is
-    attention over the joined keys and values; g = 0 is h.
+    With a prefix, (1 - g m) h + g m p, where h attends to the tokens, p to the prefix, and m is the prefix's share
+    of the softmax over both (CM3T, eq. 3; spec cm3t 2.3), or the prefix's `mass`. g = 1 is attention over the
+    joined keys and values; g = 0 is h.
     """
     if prefix is None:
         return functional.scaled_dot_product_attention(q_BHND, k_BHND, v_BHND, bias, dropout)
-    keys_HLD, values_HLD, gate = prefix
     q_BHND = q_BHND * q_BHND.shape[-1] ** -0.5
     logits_BHNN = q_BHND @ k_BHND.transpose(-2, -1)
     if bias is not None:
         logits_BHNN = logits_BHNN + bias
-    prefix_BHNL = q_BHND @ keys_HLD.transpose(-2, -1)
+    prefix_BHNL = q_BHND @ prefix.keys_HLD.transpose(-2, -1)
     own_BHND = functional.dropout(logits_BHNN.softmax(-1), dropout) @ v_BHND
-    extra_BHND = prefix_BHNL.softmax(-1) @ values_HLD
-    share = torch.sigmoid(prefix_BHNL.logsumexp(-1, True) - logits_BHNN.logsumexp(-1, True))
-    return own_BHND + gate * share * (extra_BHND - own_BHND)
+    extra_BHND = prefix_BHNL.softmax(-1) @ prefix.values_HLD
+    share = prefix.mass
+    if share is None:
+        share = torch.sigmoid(prefix_BHNL.logsumexp(-1, True) - logits_BHNN.logsumexp(-1, True))
+    return own_BHND + prefix.gate * share * (extra_BHND - own_BHND)
 
 
 class ProjectedAttention(OpenAttention):
@@ -93,21 +119,28 @@ class ProjectedAttention(OpenAttention):
 
     output: ClassVar[str]
 
-    def forward(self, x: Tensor, prefix_LC: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        prefix: Tensor | None = None,
+        gate: Tensor | None = None,
+        mass: Tensor | None = None,
+    ) -> Tensor:
         layer: Any = self.inner
         width = layer.head_dim
 
         def heads(projection: nn.Module, tokens: Tensor) -> Tensor:
             return projection(tokens).unflatten(-1, (-1, width)).transpose(-3, -2)
 
-        prefix = None
-        if prefix_LC is not None and gate is not None:
-            keys, values = (_prefix(projection, prefix_LC) for projection in (layer.k_proj, layer.v_proj))
-            split = [rows.unflatten(-1, (-1, width)).transpose(-3, -2) for rows in (keys, values)]
-            prefix = (split[0], split[1], gate)
+        joined = None
+        if prefix is not None and gate is not None:
+            pairs = zip((layer.k_proj, layer.v_proj), both_of(prefix), strict=True)
+            rows = [_prefix(projection, prefix_LC) for projection, prefix_LC in pairs]
+            keys, values = (part.unflatten(-1, (-1, width)).transpose(-3, -2) for part in rows)
+            joined = Prefix(keys, values, gate, mass)
         dropout = self._dropout() if layer.training else 0.0
         q, k, v = (heads(projection, x) for projection in (layer.q_proj, layer.k_proj, layer.v_proj))
-        y_BNC = attend(q, k, v, None, prefix, dropout).transpose(1, 2).flatten(2)
+        y_BNC = attend(q, k, v, None, joined, dropout).transpose(1, 2).flatten(2)
         y: Tensor = getattr(layer, self.output)(y_BNC)
         return y
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mdltool.adapters import ADAPTERS
-from mdltool.backbones.transformer import attend
+from mdltool.backbones.transformer import Prefix, attend
 from mdltool.model import MultiDomainModel
 from mdltool.model_spec import AdapterSpec
 from mdltool.types import Site
@@ -389,11 +390,11 @@ def test_prefix_and_tokens_share_one_normaliser() -> None:
     keys, values = torch.randn(2, 4, 5, 6, dtype=torch.float64)
     q[..., 0], k[..., 0], keys[..., 0] = 1, 0, 0  # what is put in here is added to all logits
     gate = torch.tensor(0.6, dtype=torch.float64)
-    before = attend(q, k, v, None, (keys, values, gate))
+    before = attend(q, k, v, None, Prefix(keys, values, gate))
     keys[..., 0] += 2
-    assert (attend(q, k, v, None, (keys, values, gate)) - before).abs().min() > 1e-6
+    assert (attend(q, k, v, None, Prefix(keys, values, gate)) - before).abs().min() > 1e-6
     k[..., 0] += 2
-    assert_same(attend(q, k, v, None, (keys, values, gate)), before)
+    assert_same(attend(q, k, v, None, Prefix(keys, values, gate)), before)
 
 
 def test_how_a_prefix_starts_and_drops() -> None:
@@ -416,3 +417,37 @@ def test_the_literal_gate_does_not_start_as_the_bare_backbone() -> None:
     bare = copy.deepcopy(fresh.backbone)
     detach(bare.net)
     assert not torch.allclose(fresh(clips(), "a"), fresh.heads["a"](bare(clips())[:, 0]), atol=1e-6)
+
+
+@pytest.mark.parametrize("backbone", ["swin3d_tiny", "clip_vit_tiny", "mvit_tiny"])
+def test_separate_keys_are_two_prefixes_and_gates_of_one_number_ignore_the_mass(backbone: str) -> None:
+    """Spec cm3t 3.3."""
+    frames = 8 if backbone == "mvit_tiny" else 4
+    shared = model(backbone, ("prefix", {"length": 3, "gate": "softmax"}), num_frames=frames)
+    options = {"length": 3, "keys": "separate"}
+    separate = model(backbone, ("prefix", {**options, "gate": "softmax"}), num_frames=frames)
+    gates = [{**options, "gate": gate, "gate_value": 0.25} for gate in ("fixed", "learned")]
+    fixed, learned = (model(backbone, ("prefix", chosen), num_frames=frames) for chosen in gates)
+    for other in (separate, fixed, learned):
+        other.heads.load_state_dict(shared.heads.state_dict())
+    x = clips(frames=frames)
+    for site, wrapper in shared.sites.items():
+        own: Any = wrapper.adapters["a"]
+        for other in (separate, fixed, learned):
+            theirs: Any = other.sites[site].adapters["a"]
+            assert theirs.prefix.shape == (2, *own.prefix.shape)
+            with torch.no_grad():
+                theirs.prefix.copy_(own.prefix.expand(2, -1, -1))
+    with torch.no_grad():
+        torch.testing.assert_close(separate(x, "a"), shared(x, "a"), rtol=0, atol=1e-10)
+        for wrapper in learned.sites.values():
+            adapter: Any = wrapper.adapters["a"]
+            adapter.gain.fill_(math.log(0.25 / 0.75))
+        torch.testing.assert_close(learned(x, "a"), fixed(x, "a"), rtol=0, atol=1e-6)
+        assert not torch.allclose(fixed(x, "a"), separate(x, "a"))
+        first: Any = next(iter(separate.sites.values())).adapters["a"]
+        before = separate(x, "a")
+        first.prefix[1].add_(1)
+        assert not torch.allclose(separate(x, "a"), before)
+    method, site = ADAPTERS.load("prefix"), shared.sites[next(iter(shared.sites))].site
+    assert float(method(site, method.Options(gate="learned")).gain) == -4

@@ -9,7 +9,7 @@ from torchvision.models.video.swin_transformer import SwinTransformer3d
 
 from mdltool.backbones import BACKBONES
 from mdltool.backbones.base import Backbone
-from mdltool.backbones.transformer import TAPS, OpenBlock, attend
+from mdltool.backbones.transformer import TAPS, OpenBlock, Prefix, attend
 from mdltool.errors import MdlError
 from mdltool.wrapping import TokenGrid, detach, find
 
@@ -153,14 +153,17 @@ def test_a_prefix_with_gate_one_is_attention_over_the_joined_keys(biased: bool) 
     q, k, v = torch.randn(3, 2, 4, 7, 6, dtype=torch.float64)
     keys, values = torch.randn(2, 4, 5, 6, dtype=torch.float64)
     bias = torch.randn(1, 4, 7, 7, dtype=torch.float64) if biased else None
-    own, both = attend(q, k, v, bias, None), attend(q, k, v, bias, (keys, values, torch.ones(())))
+    own, both = attend(q, k, v, bias, None), attend(q, k, v, bias, Prefix(keys, values, torch.ones(())))
     all_keys, all_values = (torch.cat([p.expand(2, -1, -1, -1), t], 2) for p, t in ((keys, k), (values, v)))
     padded = None if bias is None else nn.functional.pad(bias, (5, 0))
     torch.testing.assert_close(own, joined(q, k, v, bias), rtol=0, atol=1e-12)
     torch.testing.assert_close(both, joined(q, all_keys, all_values, padded), rtol=0, atol=1e-12)
     for gate in (0.0, 0.3):
-        mixed = attend(q, k, v, bias, (keys, values, torch.tensor(gate, dtype=torch.float64)))
+        mixed = attend(q, k, v, bias, Prefix(keys, values, torch.tensor(gate, dtype=torch.float64)))
         torch.testing.assert_close(mixed, (1 - gate) * own + gate * both, rtol=0, atol=1e-12)
+        constant = attend(q, k, v, bias, Prefix(keys, values, torch.ones(()), torch.tensor(gate)))
+        alone = joined(q, keys.expand(2, -1, -1, -1), values.expand(2, -1, -1, -1), None)
+        torch.testing.assert_close(constant, (1 - gate) * own + gate * alone, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", TINY)
