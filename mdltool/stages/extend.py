@@ -168,6 +168,9 @@ def _extend(job: _Job, draft: Draft | None, final: bool) -> tuple[ModelSpec, lis
         own = []
         for site, entries in spec.factors.items():
             for parameter, entry in entries.items():
+                if f"{site}/{parameter}" not in weights:
+                    what = f"the domain has no {site}/{parameter}, which the compressed model has in factors"
+                    raise MdlError(what, job.other.path, "give a domain with the same streams, or use add-domain")
                 weight = replace(weights[f"{site}/{parameter}"], axes=entry.axes)
                 row, factors[site][parameter] = _weight(tensors, weight, entry, job)
                 own.append(row)
@@ -182,7 +185,8 @@ def _extend(job: _Job, draft: Draft | None, final: bool) -> tuple[ModelSpec, lis
     console.say(f"{job.domain}: the shared factors lose {gone:.1f} % of its adapters' squared norm")
     added = theirs.of([job.domain])
     domains, normalize = {**spec.domains, **added.domains}, {**spec.normalize, **added.normalize}
-    return replace(spec, domains=domains, normalize=normalize, factors=factors), table
+    streams = {**spec.streams, **added.streams}
+    return replace(spec, domains=domains, normalize=normalize, factors=factors, streams=streams), table
 
 
 def _weight(
