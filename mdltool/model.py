@@ -182,7 +182,7 @@ class MultiDomainModel(nn.Module):
         self,
         regime: str,
         bn: str | None = None,
-        only: str | None = None,
+        only: tuple[str, ...] | None = None,
         shared_factors: bool = False,
         adapters: Sequence[str] | None = None,
     ) -> None:
@@ -191,8 +191,8 @@ class MultiDomainModel(nn.Module):
         frozen: adapters, heads and shared norms train. joint: everything. heads: heads only. adapters: adapters
         and shared norms. full: backbone and heads. bn: the recipe's choice; None takes the regime's default,
         `shared` where the backbone trains and `frozen` elsewhere. `shared` with a frozen backbone is the naive
-        freeze, whose statistics keep moving. only: of what the regime trains, this domain's parts alone; what is
-        shared and other domains stay as they are. shared_factors: of a compressed model, train the factors that
+        freeze, whose statistics keep moving. only: of what the regime trains, the tensors whose names
+        begin so alone; all others stay as they are. shared_factors: of a compressed model, train the factors that
         domains share with the adapters (spec residual_adapters 2.6: they are frozen). adapters: types; these train
         in every regime and no others do, while None leaves it to the regime. Streams that nothing trains for and
         nothing uses yet are passed over.
@@ -221,7 +221,7 @@ class MultiDomainModel(nn.Module):
         self.heads.requires_grad_(regime != "adapters")
         if only is not None:
             for key, tensor in self.tensors().items():
-                if isinstance(tensor, nn.Parameter) and not key.startswith(f"{only}/"):
+                if isinstance(tensor, nn.Parameter) and not key.startswith(only):
                     tensor.requires_grad_(False)
         norms = self.backbone_norms()
         self._eval_modules = list(norms) if bn == "frozen" else []

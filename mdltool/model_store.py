@@ -124,17 +124,24 @@ def extended(
     domains, own_pixels = {**model.spec.domains, domain: outputs}, {**model.spec.normalize, **(normalize or {})}
     with_streams = {**model.spec.streams, **({domain: dict(streams)} if streams else {})}
     spec = replace(model.spec, domains=domains, normalize=own_pixels, streams=with_streams)
-    larger = build_model(spec)
-    old, own = model.tensors(), larger.tensors()
+    larger, old = grown(model, spec), model.tensors()
     with torch.no_grad():
-        for key, tensor in own.items():
-            source = key
-            if key.startswith(f"{domain}/"):
-                source = _begin_as(key, start_from, larger)
-            if source in old:
+        for key, tensor in larger.tensors().items():
+            source = _begin_as(key, start_from, larger) if key.startswith(f"{domain}/") else key
+            if source != key and source in old:
                 tensor.copy_(old[source])
     if start_from is None:
         _begin_factors(larger, domain)
+    return larger.eval()
+
+
+def grown(model: MultiDomainModel, spec: ModelSpec) -> MultiDomainModel:
+    """A model of a spec that says more than this model's; every old tensor is the same, and new ones are fresh."""
+    larger = build_model(spec)
+    old, own = model.tensors(), larger.tensors()
+    with torch.no_grad():
+        for key in own.keys() & old.keys():
+            own[key].copy_(old[key])
     return larger.eval()
 
 

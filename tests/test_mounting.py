@@ -121,7 +121,7 @@ def test_a_mounted_domain_trains_as_any_other() -> None:
     added = model.sites["stage1"].adapters["new"]
     assert added.training
     assert any(isinstance(module, PaddedConv3d) for module in added.modules())
-    model.apply_regime("adapters", "frozen", only="new")
+    model.apply_regime("adapters", "frozen", only=("new/",))
     model(clips(), "new").sum().backward()
     assert {key.split("/")[0] for key, t in model.tensors().items() if t.requires_grad} == {"new"}
     assert added.kernel[0].weight.grad.abs().sum() > 0 if isinstance(added.kernel, nn.Sequential) else True

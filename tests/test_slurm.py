@@ -306,25 +306,30 @@ def test_pipeline_without_its_inputs_submits_nothing(world: World, tmp_path: Pat
     assert not (tmp_path / "called").exists()
 
 
-def test_pipeline_compresses_where_it_is_told_to(world: World, tmp_path: Path) -> None:
+def test_pipeline_compresses_and_adds_a_modality_where_it_is_told_to(world: World, tmp_path: Path) -> None:
     """By what it hands to sbatch."""
     calls = tmp_path / "sbatch"
     calls.write_text(f'#!/usr/bin/env bash\necho "$@" >> {tmp_path}/called\nwc -l < {tmp_path}/called\n')
     calls.chmod(0o755)
-    env = clean_environment(1) | {"MDLTOOL_COMPRESS": "--rank 0.5 --finetune 7"}
+    further = {"MDLTOOL_COMPRESS": "--rank 0.5 --finetune 7", "MDLTOOL_MODALITY": "--modality audio"}
+    env = clean_environment(1) | further
     env["PATH"] = f"{tmp_path}:{env['PATH']}"
     work = tmp_path / "artifacts"
     work.mkdir()
     (work / "shards").symlink_to(world.work / "shards")
     words = (world.work / "two.yaml", "--", "--set", "backbone.weights=scratch")
     jobs = submitted(pipeline(work, env, *words))
-    assert list(jobs) == ["train", "eval", "compress", "eval-compressed", "report"]
+    made = ["train", "eval", "compress", "eval-compressed", "add-modality", "eval-extended", "report"]
+    assert list(jobs) == made
     lines = (tmp_path / "called").read_text().splitlines()
-    made, model = work / "model" / "two-compressed", work / "model" / "two"
-    assert lines[2].endswith(f"compress.sh {made} {model} --rank 0.5 --finetune 7")
+    model = work / "model" / "two"
+    assert lines[2].endswith(f"further.sh {model}-compressed compress {model} --rank 0.5 --finetune 7")
+    of_compressed = f"{model}-compressed-extended add-modality {model}-compressed --modality audio"
+    assert lines[4].endswith(f"further.sh {of_compressed}")
     after = [re.findall(r"--dependency=afterok:(\S+)", line) for line in lines]
-    assert after == [[], ["1"], ["1"], ["3"], ["2:4"]]
-    assert str(work / "eval" / "two-compressed") in lines[4]
+    assert after == [[], ["1"], ["1"], ["3"], ["3"], ["5"], ["2:4:6"]]
+    evals = [str(work / "eval" / f"two{suffix}") for suffix in ("", "-compressed", "-compressed-extended")]
+    assert " ".join(evals) in lines[6]
 
 
 def last_step(work: Path) -> int:

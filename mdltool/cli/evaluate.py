@@ -40,6 +40,9 @@ def evaluate(
     split: Annotated[str, typer.Option("--split", help="Which of the work directory's shards to score.")] = "val",
     weights: Annotated[str, typer.Option("--weights", help="last, best or ema (averaged).")] = "last",
     precision: Annotated[str | None, typer.Option("--precision", help="fp32, bf16 or fp16.")] = None,
+    without: Annotated[
+        list[str] | None, typer.Option("--without", help="Score as if clips lacked this modality; repeat it.")
+    ] = None,
     decathlon: Contest = False,
     baseline: ContestBaseline = None,
     added: ContestAdded = None,
@@ -71,7 +74,8 @@ def evaluate(
 
     from mdltool.stages import evaluate as stage
 
-    suffix = ("" if weights == "last" else f"-{weights}") + ("-decathlon" if decathlon else "")
+    suffix = "".join(f"-without-{word}" for word in without or ())
+    suffix += ("" if weights == "last" else f"-{weights}") + ("-decathlon" if decathlon else "")
     name = f"{chosen.name}-{views or 'views'}-{split}{suffix}"
     count = default_workers() if workers is None else workers
     artifact = stage.run(
@@ -82,6 +86,7 @@ def evaluate(
         weights=weights,
         precision=precision,
         decathlon=contest,
+        without=tuple(without or ()),
         work=place,
         workers=count,
     )

@@ -28,6 +28,7 @@ COMMANDS = (
     "train",
     "compress",
     "add_domain",
+    "add_modality",
     "model",
     "fuse",
     "evaluate",

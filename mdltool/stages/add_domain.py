@@ -91,7 +91,7 @@ def run(
         model = extended(old, domain, len(names), start_from, own_spec.normalize, streams)
         if start_from is None:
             _begin(model, backbone, recipe.backbone.adapters, domain)
-    scope = Scope(only=domain)
+    scope = Scope(only=(f"{domain}/",))
     progress = fit(recipe, model, data, partial_path(out), own_backbone=own, workers=workers, scope=scope)
     if draft is not None:
         save_tensors(draft.path / "weights" / "last.safetensors", stored_tensors(model.to("cpu"), own))

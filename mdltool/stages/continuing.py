@@ -21,13 +21,14 @@ _CHANGEABLE_KEYS = (
 )
 
 
-def settled(content: dict[str, Any], overrides: Sequence[str], source: Artifact) -> Recipe:
+def settled(content: dict[str, Any], overrides: Sequence[str], source: Artifact, new: str = "") -> Recipe:
     """A recipe for training a finished model further, with overrides of what concerns the training alone.
 
-    Raises MdlError for a key that the model settles, and for every fault of the result.
+    new: a pattern of the keys of what the model has not yet, which can be set too. Raises MdlError for a key that
+    the model settles, and for every fault of the result.
     """
     for override in overrides:
-        if not re.match(_CHANGEABLE, override):
+        if not re.match(f"{_CHANGEABLE}|{new}" if new else _CHANGEABLE, override):
             raise MdlError("the finished model settles this key", f"--set {override}", _CHANGEABLE_KEYS)
         apply_override(content, override)
     return validate(content, source.path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -40,13 +40,14 @@ def run(
     weights: str = "last",
     precision: str | None = None,
     decathlon: Decathlon | None = None,
+    without: Collection[str] = (),
     work: Path | None = None,
     workers: int = 1,
 ) -> Artifact:
     """Score every clip once over all processes; rank 0 writes the artifact and every rank returns it.
 
     views: TxS, default the recipe's. precision: fp32, bf16 or fp16, default the recipe's. decathlon: what the score
-    over domains is taken against; None: no such score.
+    over domains is taken against; None: no such score. without: streams, or kinds of them, that no clip is given.
     """
     content = model_artifact.load_json("model.json")
     recipe = Recipe.model_validate(content["recipe"])
@@ -65,6 +66,9 @@ def run(
         request["grids"] = grids
     if decathlon is not None:  # an eval without it keeps the request that it always had
         request["decathlon"] = asdict(decathlon)
+    _check_without(recipe, indices, without)
+    if without:
+        request["without"] = sorted(without)
     inputs = [model_artifact.as_input("model")] + [a.as_input("data") for a, _ in indices.values()]
     draft = begin_together(world, out, kind="eval", stage="eval", inputs=inputs, request=request)
     if isinstance(draft, Artifact):
@@ -72,12 +76,13 @@ def run(
     with draft or nullcontext():
         model = load_model(model_artifact, weights, work).to(_device()).channels_last()
         found = {
-            d: _score(model, recipe, d, index, grids[d], precision, workers, world)
+            d: _score(model, recipe, d, index, grids[d], without, precision, workers, world)
             for d, (_, index) in indices.items()
         }
         if draft is not None:
             head = {"model_digest": model_artifact.digest, "views": grid, "weights": weights}
             report = _report(recipe, found, indices, grids, head, precision)
+            _add_streams(report, recipe, indices, without)
             if decathlon is not None:
                 report["metrics"]["decathlon"] = decathlon.score(accuracies_of(report["metrics"], out))
             _write(draft, report, found, indices)
@@ -97,12 +102,36 @@ def _check_shards(content: dict[str, Any], shards: list[Artifact]) -> dict[str, 
     return {d: found[d] for d in content["domains"] if d in found}
 
 
+def _check_without(recipe: Recipe, domains: Iterable[str], without: Collection[str]) -> None:
+    """Raise MdlError for a modality that none of the domains has, which could not be missing."""
+    have = {name: recipe.streams[name].kind for domain in domains for name in recipe.streams_of(domain)}
+    for word in without:
+        if word not in have and word not in have.values():
+            named = ", ".join(have) or "no streams"
+            raise MdlError(f"the model reads no {word} (it reads {named})", "--without", "leave it out")
+
+
+def _add_streams(
+    report: dict[str, Any],
+    recipe: Recipe,
+    indices: dict[str, tuple[Artifact, ShardIndex]],
+    without: Collection[str],
+) -> None:
+    """Of a model with streams: which of them were read, and how many clips have each."""
+    if recipe.streams:
+        for domain, entry in report["metrics"]["domains"].items():
+            there = indices[domain][1].streams
+            read = modalities(recipe, domain, without)
+            entry["streams"] = {name: there[name].clips if name in there else 0 for name in read}
+
+
 def _score(
     model: MultiDomainModel,
     recipe: Recipe,
     domain: str,
     index: ShardIndex,
     grid: str,
+    without: Collection[str],
     precision: str,
     workers: int,
     world: World,
@@ -114,7 +143,7 @@ def _score(
         workers=workers,
         rank=world.rank,
         world=world.size,
-        modalities=modalities(recipe, domain),
+        modalities=modalities(recipe, domain, without),
     )
     task = task_of(index.space)
     mine = len(range(world.rank, len(index), world.size))

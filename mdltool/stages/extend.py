@@ -86,7 +86,7 @@ def run(
     with draft or nullcontext():
         spec, table = by_main(world, lambda: _extend(job, draft, training is None))
     if training is not None:
-        scope = Scope(only=job.domain)
+        scope = Scope(only=(f"{job.domain}/",))
         progress = finetuned(spec, folder / _START, source, training, scope, folder, work)
     if draft is not None:
         spaces = label_spaces(job.old) | {job.domain: label_spaces(job.new)[job.domain]}

@@ -78,6 +78,22 @@ def check_domain(artifact: Artifact, index: ShardIndex, domains: Mapping[str, An
         raise MdlError(f"{index.domain}: these shards have other actions than the model", artifact.path, _PAIRS)
 
 
+def train_indices(shards: Iterable[Artifact], domains: Mapping[str, Any]) -> dict[str, ShardIndex]:
+    """The training splits among shards of a finished model's domains, by domain. Raises MdlError where they are not
+    what model.json says of the domain, and where there is none.
+    """
+    found = {}
+    for artifact in shards:
+        index = ShardIndex.open(artifact)
+        check_domain(artifact, index, domains)
+        if index.split == "train":
+            found[index.domain] = index
+    if not found:
+        fix = "--data DOMAIN=artifacts/shards/DOMAIN-train"
+        raise MdlError(f"there are no training shards of {', '.join(domains)}", "--data", fix)
+    return found
+
+
 def gather_data(recipe: Recipe, shards: Iterable[Artifact]) -> dict[str, DomainData]:
     """The recipe's data: of training splits the part it wants. Raises MdlError as `sort_shards` does."""
     return announced_parts(recipe, sort_shards(recipe, shards))
@@ -241,10 +257,11 @@ def _step_spec(step: Step, epoch: int, decay: float | None) -> StepSpec:
 class Scope:
     """What trains of a finished model, whose backbone and shared statistics stay as they are.
 
-    only: this domain's parts alone. shared_factors: of a compressed model, the factors that domains share too.
+    only: the tensors whose names begin so alone. shared_factors: of a compressed model, the factors that domains
+    share too.
     """
 
-    only: str | None = None
+    only: tuple[str, ...] | None = None
     shared_factors: bool = False
 
 

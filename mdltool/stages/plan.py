@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from pydantic import ValidationError
@@ -69,9 +69,11 @@ def stream_specs(recipe: Recipe) -> dict[str, dict[str, StreamSpec]]:
     return {domain: entries for domain, entries in chosen.items() if entries}
 
 
-def modalities(recipe: Recipe, domain: str) -> dict[str, int]:
-    """Stream -> width of its stored rows, for a domain's loader."""
-    return {name: recipe.streams[name].input or recipe.streams[name].width for name in recipe.streams_of(domain)}
+def modalities(recipe: Recipe, domain: str, without: Collection[str] = ()) -> dict[str, int]:
+    """Stream -> width of its stored rows, for a domain's loader. without: streams or kinds that are left out."""
+    parts = {name: recipe.streams[name] for name in recipe.streams_of(domain)}
+    kept = {name: part for name, part in parts.items() if name not in without and part.kind not in without}
+    return {name: part.input or part.width for name, part in kept.items()}
 
 
 def completed(request: dict[str, Any]) -> dict[str, Any]:

@@ -68,7 +68,7 @@ class TrainSpec:
     recalibrate_batches: int = 200
     headlines: Mapping[str, Headline] = field(default_factory=dict)
     log_clips: bool = False
-    only: str | None = None  # train this domain's parts alone
+    only: tuple[str, ...] | None = None  # train the tensors whose names begin so alone
     shared_factors: bool = False  # train the factors that domains of a compressed model share
 
     @property

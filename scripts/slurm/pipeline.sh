@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Submits every stage of a recipe, each after the ones it needs: shard arrays, merges, backbone pretrain, train,
-# compress, eval, report. Prints the jobs, one a line: number, stage. It runs on the login node and waits for nothing.
+# compress, add-modality, evals, report. Prints the jobs, one a line: number, stage. It runs on the login node and waits for nothing.
 #
 #   scripts/slurm/pipeline.sh RECIPE [DOMAIN-SPLIT='SOURCE OPTIONS']... [-- OPTIONS OF mdltool train]
 #
@@ -16,7 +16,7 @@
 #   MDLTOOL_WORK             work directory (default ./artifacts); logs go to its slurm/
 #   MDLTOOL_NAME             name of the model, eval and report (default: the recipe's)
 #   MDLTOOL_PARTS            array tasks for each domain and split (default 4)
-#   MDLTOOL_NODES            nodes of pretrain, train, compress and eval (default 1)
+#   MDLTOOL_NODES            nodes of pretrain, train, compress, add-modality and eval (default 1)
 #   MDLTOOL_TASKS            processes on each of these nodes, one a GPU (default 1)
 #   MDLTOOL_CPUS             processors of each process and of the one-process stages (default 4)
 #   MDLTOOL_PRETRAIN         domain to pretrain the backbone on, where the recipe wants pretrained weights
@@ -25,8 +25,10 @@
 #   MDLTOOL_EVAL             options of `mdltool eval`, e.g. '--views 10x3 --split test'
 #   MDLTOOL_COMPRESS         compress too: options of `mdltool compress`, e.g. '--rank 0.5 --finetune 500'; both models
 #                            are scored and reported
+#   MDLTOOL_MODALITY         add a modality to the model, compressed where it is: options of `mdltool add-modality`,
+#                            e.g. '--modality audio'; scored and reported beside the others
 #   MDLTOOL_SBATCH           options of sbatch for every job, split at blanks
-#   MDLTOOL_SBATCH_TRAIN     the same for pretrain, train, compress and eval, e.g. '--gpus-per-node=4 --time=24:00:00'
+#   MDLTOOL_SBATCH_TRAIN     the same for those stages, e.g. '--gpus-per-node=4 --time=24:00:00'
 #   MDLTOOL_ENV, MDLTOOL_WORKERS, MDLTOOL_MAX_RESTARTS: see common.sh
 #
 # Partition, account and the like also come from sbatch's own variables: SBATCH_PARTITION, SBATCH_ACCOUNT ...
@@ -134,19 +136,26 @@ fi
 submit train "$ready" "${parallel[@]}" "$scripts/train.sh" "$work/model/$name" --recipe "$recipe" \
   "${backbone[@]}" "$@"
 read -ra words <<< "${MDLTOOL_EVAL:-}"
-trained="$job"
-submit eval ":$trained" "${parallel[@]}" "$scripts/eval.sh" "$work/model/$name" --out "$work/eval/$name" \
-  "${words[@]}"
-evals=("$work/eval/$name")
-scored=":$job"
-if [ -n "${MDLTOOL_COMPRESS:-}" ]; then
-  read -ra how <<< "$MDLTOOL_COMPRESS"
-  small="$name-compressed"
-  submit compress ":$trained" "${parallel[@]}" "$scripts/compress.sh" "$work/model/$small" "$work/model/$name" \
-    "${how[@]}"
-  submit eval-compressed ":$job" "${parallel[@]}" "$scripts/eval.sh" "$work/model/$small" \
-    --out "$work/eval/$small" "${words[@]}"
-  evals+=("$work/eval/$small")
+last="$name" made="$job" evals=() scored=""
+
+score() {  # SUFFIX: evaluates the model made last
+  submit "eval$1" ":$made" "${parallel[@]}" "$scripts/eval.sh" "$work/model/$last" --out "$work/eval/$last" "${words[@]}"
+  evals+=("$work/eval/$last")
   scored="$scored:$job"
-fi
+}
+
+further() {  # STAGE SUFFIX OPTIONS...: a model out of the one made last, and its eval
+  local stage="$1" suffix="$2"
+  shift 2
+  submit "$stage" ":$made" "${parallel[@]}" "$scripts/further.sh" "$work/model/$last-$suffix" "$stage" \
+    "$work/model/$last" "$@"
+  last="$last-$suffix" made="$job"
+  score "-$suffix"
+}
+
+score ""
+read -ra how <<< "${MDLTOOL_COMPRESS:-}"
+if [ "${#how[@]}" -gt 0 ]; then further compress compressed "${how[@]}"; fi
+read -ra how <<< "${MDLTOOL_MODALITY:-}"
+if [ "${#how[@]}" -gt 0 ]; then further add-modality extended "${how[@]}"; fi
 submit report "$scored" "$scripts/stage.sh" report "${evals[@]}" --out "$work/report/$name"

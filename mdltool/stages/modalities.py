@@ -1,0 +1,197 @@
+"""Which streams a finished model gains, and the recipes of its training and of the model afterwards. No stage.
+
+The recipes here are plain JSON values, as model.json holds them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mdltool.artifact import Artifact
+from mdltool.data.index import ShardIndex
+from mdltool.errors import MdlError
+from mdltool.model_spec import AdapterSpec, ModelSpec
+from mdltool.recipe import validate
+from mdltool.schema import Recipe
+from mdltool.stages.continuing import plain_losses, settled
+from mdltool.stages.plan import stream_specs
+
+_WIDTH = 512  # of what the cross-attention sees, where no recipe says it (spec cm3t 5.3)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be added. modalities: kinds or names of streams. plan: a recipe whose streams, cross-attention and
+    training of it are taken; None: the model's own. end_to_end: all adapters and the head of the domains train, and
+    the new streams are founding ones. train_head: the heads train beside the new streams.
+    """
+
+    modalities: tuple[str, ...]
+    plan: Recipe | None = None
+    overrides: tuple[str, ...] = ()
+    end_to_end: bool = False
+    train_head: bool = False
+
+
+@dataclass(frozen=True)
+class Addition:
+    """What is added, settled. streams: domain -> names of its new streams. training: of them alone. recipe: of the
+    model afterwards.
+    """
+
+    streams: dict[str, list[str]]
+    training: Recipe
+    recipe: Recipe
+
+    def noted(self, training: Recipe) -> Addition:
+        """With what the shards say of the streams' making, which a training recipe has taken from them."""
+        recipe = self.recipe.model_copy(update={"streams": {**self.recipe.streams, **training.streams}})
+        return replace(self, training=training, recipe=recipe)
+
+
+def settle(
+    content: Mapping[str, Any], wanted: Wanted, indices: Mapping[str, ShardIndex], source: Artifact
+) -> Addition:
+    """content: model.json. indices: training shards by domain.
+
+    Raises MdlError for a modality that a domain has already or that its shards lack, and for every fault of the
+    recipes that result.
+    """
+    stored = content["recipe"]
+    known = _streams_of(wanted.plan) or dict(stored.get("streams") or {})
+    present = {d: list(names) for d, names in content["spec"].get("streams", {}).items()}
+    new = {d: _of_domain(d, index, wanted, known, present.get(d, [])) for d, index in indices.items()}
+    parts = {name: part for streams in new.values() for name, part in streams.items()}
+    streams = {d: list(found) for d, found in new.items()}
+    after, number = _extended(stored, parts, streams, present, wanted.plan)
+    training = _training(after, stored, streams, wanted)
+    allowed = [rf"streams\.({'|'.join(map(re.escape, parts))})\."]
+    allowed += [rf"adapters\.{number}\."] if number == len(stored["adapters"]) else []
+    recipe = settled(training, wanted.overrides, source, "|".join(allowed))
+    changed = recipe.model_dump(mode="json")
+    after |= {key: changed[key] for key in ("streams", "adapters")}
+    return Addition(streams, recipe, validate(after, source.path))
+
+
+def spec_with(spec: ModelSpec, added: Addition, late: bool) -> ModelSpec:
+    """The spec of the model afterwards. late: a stream that comes to others joins no softmax of theirs (spec cm3t
+    2.5); else it is a founding one.
+    """
+    known = stream_specs(added.recipe)
+    streams = {domain: dict(entries) for domain, entries in spec.streams.items()}
+    sharing = [domain for domain in spec.sharing if domain in spec.streams]
+    for domain, names in added.streams.items():
+        others = domain in streams or (domain in spec.sharing and bool(sharing))
+        entries = {name: replace(known[domain][name], late=late and others) for name in names}
+        streams[domain] = {**streams.get(domain, {}), **entries}
+    adapters = list(spec.adapters)
+    if not any(entry.type == "caa" for entry in adapters):
+        (part,) = (part for part in added.recipe.adapters if part.type == "caa")
+        adapters.append(AdapterSpec(part.type, part.sites, part.options))
+    return replace(spec, streams=streams, adapters=adapters)
+
+
+def _streams_of(plan: Recipe | None) -> dict[str, Any]:
+    return {} if plan is None else {name: part.model_dump(mode="json") for name, part in plan.streams.items()}
+
+
+def _of_domain(
+    domain: str, index: ShardIndex, wanted: Wanted, known: Mapping[str, Any], present: Sequence[str]
+) -> dict[str, Any]:
+    """The recipe's entries of one domain's new streams, by name."""
+    found: dict[str, Any] = {}
+    for word in wanted.modalities:
+        named = {n: part for n, part in known.items() if word in (n, part["kind"])}
+        named = named or {n: _entry(index, n) for n, info in index.streams.items() if word in (n, info.kind)}
+        if not named:
+            raise _lacking(domain, word, index)
+        fresh = {name: part for name, part in named.items() if name not in present}
+        if not fresh:
+            raise MdlError(
+                f"the model has {word} for the domain '{domain}' already ({', '.join(named)})",
+                f"--modality {word}",
+                "take the model that it was added to, to train it again",
+            )
+        for name, part in fresh.items():
+            if name not in index.streams:
+                raise _lacking(domain, name, index)
+            _check_width(domain, name, part, index)
+        found |= fresh
+    return found
+
+
+def _entry(index: ShardIndex, name: str) -> dict[str, Any]:
+    info = index.streams[name]
+    return {
+        "kind": info.kind,
+        "width": _WIDTH,
+        "input": info.width,
+        "extractor": info.extractor,
+        "embedder": "linear",
+    }
+
+
+def _lacking(domain: str, word: str, index: ShardIndex) -> MdlError:
+    have = ", ".join(index.streams) or "no streams"
+    return MdlError(
+        f"the shards of '{domain}' have no {word} (they have {have})",
+        index.folder,
+        f"shard again with --modality {word}",
+    )
+
+
+def _check_width(domain: str, name: str, part: Mapping[str, Any], index: ShardIndex) -> None:
+    stated, there = part["input"] or part["width"], index.streams[name].width
+    if stated != there:
+        raise MdlError(
+            f"the stream '{name}' of '{domain}' is {there} numbers wide, the recipe says {stated}",
+            index.folder,
+            f"--set streams.{name}.input={there}, or shard with the recipe's extractor",
+        )
+
+
+def _extended(
+    stored: Mapping[str, Any],
+    parts: Mapping[str, Any],
+    new: Mapping[str, list[str]],
+    present: Mapping[str, list[str]],
+    plan: Recipe | None,
+) -> tuple[dict[str, Any], int]:
+    """(the model's recipe with the new streams, where among its adapters the cross-attention is)."""
+    adapters = list(stored["adapters"])
+    number = next((i for i, entry in enumerate(adapters) if entry["type"] == "caa"), len(adapters))
+    if number == len(adapters):
+        planned = plan.model_dump(mode="json")["adapters"] if plan is not None else []
+        adapters.append(next((entry for entry in planned if entry["type"] == "caa"), {"type": "caa"}))
+    domains = {
+        name: {**part, "streams": [*present.get(name, []), *new.get(name, [])]}
+        for name, part in stored["domains"].items()
+    }
+    streams = {**(stored.get("streams") or {}), **parts}
+    return {**stored, "streams": streams, "adapters": adapters, "domains": domains, "published": None}, number
+
+
+def _training(
+    after: Mapping[str, Any], stored: Mapping[str, Any], domains: Iterable[str], wanted: Wanted
+) -> dict[str, Any]:
+    """The recipe's last step that trains cross-attention, else the model's last, of the new streams alone."""
+    steps = stored["train"]["steps"]
+    planned = wanted.plan.model_dump(mode="json")["train"]["steps"] if wanted.plan is not None else []
+    own = [step for step in (*steps, *planned) if "caa" in (step.get("adapters") or ())]
+    step = {**(own or steps)[-1], "adapters": None if wanted.end_to_end else ["caa"]}
+    step["mute"] = steps[-1].get("mute", [])  # what the model computes stays
+    step["regime"] = "frozen" if wanted.end_to_end or wanted.train_head else "adapters"
+    batch = stored["data"]["batch"]
+    if isinstance(batch, dict):
+        batch = {name: clips for name, clips in batch.items() if name in domains}
+    train = {**stored["train"], "steps": [step], "batches": "in_turn", "split": "rows", "sync_bn": False}
+    return {
+        **after,
+        "domains": {name: after["domains"][name] for name in domains},
+        "losses": plain_losses(stored),
+        "train": train,
+        "data": {**stored["data"], "batch": batch, "proportions": None},
+    }
