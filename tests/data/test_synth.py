@@ -116,7 +116,7 @@ def test_reversal_survives_encoding(tmp_path: Path) -> None:
 
 
 def test_same_bytes_for_any_number_of_workers_and_after_an_interruption(tmp_path: Path) -> None:
-    request = (["chalk", "dusk"], 2, 7)
+    request = (["chalk", "dusk"], 1, 7)
     for name, workers in (("one", 1), ("two", 2), ("cut", 1)):
         synth.write_domains(tmp_path / name, *request, workers=workers)
     whole = _hashes(tmp_path / "one")

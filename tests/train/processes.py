@@ -27,8 +27,8 @@ from mdltool.train.plan import RunParts, StepSpec, TrainSpec
 from mdltool.types import Batch
 from tests.models import clips, tiny_model
 
-CLIPS = {"a": 40, "b": 12}
-UPDATES = 10
+CLIPS = {"a": 20, "b": 6}
+UPDATES = 6  # more than an epoch of either domain, alone or mixed
 
 
 _SGD = OptimizerSpec("sgd", 0.05, momentum=0.9, weight_decay=1e-3)
@@ -86,7 +86,7 @@ CASES = {
 
 
 def run(case: Case, world: World, parts: int = 1) -> dict[str, Tensor]:
-    """Ten updates; everything that a checkpoint holds of model and objective. Dropout is off."""
+    """A few updates; everything that a checkpoint holds of model and objective. Dropout is off."""
     model = model_of(case)
     order: Order = Mixed(CLIPS, 6, 0) if case.mixed else InTurn(CLIPS, dict.fromkeys(CLIPS, 4), 0)
     share = replace(case.share, rank=world.rank, world=world.size, parts=parts)
