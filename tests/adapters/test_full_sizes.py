@@ -17,6 +17,14 @@ from mdltool.model import MultiDomainModel, build_model
 from mdltool.model_spec import AdapterSpec, ModelSpec
 
 FULL = [name for name in BACKBONES if not name.endswith(("_tiny", "_small"))]
+# Other sizes of a family: one adapter in the quick form, since the family's own takes all.
+SIBLINGS = ("swin3d_t", "swin3d_s", "clip_vit_l14", "multitrain_mvit_b", "multitrain_mvit_s")
+PAIRS = [
+    pytest.param(adapter, backbone, marks=pytest.mark.full if backbone in SIBLINGS and adapter != "mst" else ())
+    for adapter in ADAPTERS
+    for backbone in FULL
+    if adapter != "caa"  # see test_token_recipes.py
+]
 
 
 @functools.cache
@@ -35,8 +43,7 @@ def carries(adapter: str, backbone: str) -> bool:
 
 
 @pytest.mark.sizes
-@pytest.mark.parametrize("backbone", FULL)
-@pytest.mark.parametrize("adapter", [name for name in ADAPTERS if name != "caa"])  # see test_token_recipes.py
+@pytest.mark.parametrize(("adapter", "backbone"), PAIRS)
 def test_it_attaches_and_gives_logits(adapter: str, backbone: str) -> None:
     if not carries(adapter, backbone):
         with pytest.raises(MdlError, match=r"no site|class token"):

@@ -17,6 +17,7 @@ from mdltool.errors import MdlError
 from mdltool.model import MultiDomainModel, build_model
 from mdltool.model_spec import ModelSpec
 from mdltool.model_store import extended, reduced
+from mdltool.types import LabelSpace
 from tests.adapters.streams import AUDIO, BOTH, FLOW, both, clips, stream_model, stream_spec, tokens
 
 EMBEDDED = {name: replace(spec, embedder="linear") for name, spec in BOTH.items()}
@@ -33,8 +34,7 @@ def packed(model: MultiDomainModel, domain: str) -> DomainPack:
     outputs = model.spec.domains[domain]
     return DomainPack(
         domain=domain,
-        task="single_label",
-        classes=tuple(map(str, range(outputs))),
+        space=LabelSpace("single_label", tuple(map(str, range(outputs)))),
         outputs=outputs,
         model=model_form(model.spec),
         **model.digests(),
