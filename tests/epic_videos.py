@@ -10,6 +10,7 @@ The ids below are short ones: of each the rows that end by a time, so that a fil
 from __future__ import annotations
 
 import csv
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,8 +28,29 @@ Rows = list[dict[str, str]]
 # video id -> the time in seconds by which a row must end
 TRAIN_UNTIL_S = {"P02_05": 17.0, "P01_08": 36.5}
 VAL_UNTIL_S = {"P03_26": 10.0, "P18_04": 17.0}
+SIDES = ("verb_classes", "noun_classes", "tail_verbs", "tail_nouns", "unseen_participant_ids_validation")
 FPS = 10
 WIDTH, HEIGHT = 96, 72
+
+
+def write_kitchen(root: Path, lists: Path) -> dict[str, Rows]:
+    """Lists and videos in root, in the published form, for the rows above; these by split. lists: the published."""
+    annotations, found = root / "lists", {}
+    annotations.mkdir(parents=True)
+    for name in SIDES:
+        shutil.copy(lists / f"EPIC_100_{name}.csv", annotations)
+    for split, until_s, source, file in (
+        ("train", TRAIN_UNTIL_S, "uda_source_train", "train"),
+        ("val", VAL_UNTIL_S, "validation", "validation"),
+    ):
+        found[split] = rows_of(lists / f"EPIC_100_{source}.csv", until_s)
+        write_rows(annotations / f"EPIC_100_{file}.csv", found[split])
+        for video in until_s:
+            own = [row for row in found[split] if row["video_id"] == video]
+            path = root / "videos" / own[0]["participant_id"] / "videos" / f"{video}.MP4"
+            path.parent.mkdir(parents=True)
+            write_long_video(path, own)
+    return found
 
 
 def rows_of(annotations: Path, until_s: Mapping[str, float]) -> Rows:

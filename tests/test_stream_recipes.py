@@ -73,7 +73,7 @@ def test_the_spec_and_the_steps_are_the_recipes() -> None:
     spec = model_spec(recipe, {"ek100": 3})
     assert list(spec.streams["ek100"]) == ["flow", "audio"]
     assert spec.streams["ek100"]["audio"] == StreamSpec("audio", 512, 80, "linear")
-    assert modalities(recipe, "ek100") == {"flow": 512, "audio": 80}
+    assert modalities(recipe, "ek100") == {"flow": 490, "audio": 80}
     assert ModelSpec.from_json(spec.to_json()) == spec
     plan = train_spec(recipe, "frozen", order_of(recipe, {"ek100": 640}), {"ek100": 640})
     assert [step.adapters for step in plan.steps] == [("mhva", "prefix"), ("caa",)]

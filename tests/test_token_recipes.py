@@ -10,6 +10,9 @@ import pytest
 import torch
 
 from mdltool.counting import by_type
+from mdltool.data.features import DEFAULTS, EXTRACTORS
+from mdltool.data.features.flow import FlowGrid
+from mdltool.data.features.log_mel import LogMel
 from mdltool.model import build_model
 from mdltool.model_spec import AdapterSpec, ModelSpec
 from mdltool.recipe import load, shipped
@@ -143,7 +146,24 @@ def test_percentages_of_cm3t_are_those_of_print() -> None:
 def test_a_stream_costs_what_the_paper_says_a_modality_does() -> None:
     ek, udiva = counts("cm3t_ek100_swinb")["adapters"], counts("cm3t_udiva_swinb")["adapters"]
     assert udiva - ek == 5_778_432, "two streams, printed as 5.8M"
-    assert counts("cm3t_ek100_swinb")["streams"] == 0, "512-wide arrays need no embedder"
+
+
+def test_embedders_of_our_extractors_tokens_are_counted_apart() -> None:
+    """A LayerNorm and a linear layer for each stream that is not 512 wide as it is stored."""
+    flow, audio = (2 * width + width * 512 + 512 for width in (FlowGrid().width, LogMel().width))
+    assert counts("cm3t_ek100_swinb")["streams"] == flow + audio
+    assert counts("cm3t_mpiigi_swinb")["streams"] == 4 * audio
+    assert counts("cm3t_udiva_swinb")["streams"] == 2 * audio, "text is 512 wide"
+    stored = [f"streams.{name}={{kind: {name}, width: 512}}" for name in ("flow", "audio")]
+    found = describe.run(load("cm3t_ek100_swinb", stored))["parameters"]
+    assert (found["adapters"], found["streams"]) == (counts("cm3t_ek100_swinb")["adapters"], 0)
+
+
+def test_recipes_take_the_tokens_of_the_default_extractors() -> None:
+    widths = {kind: EXTRACTORS.load(name, "streams")().width for kind, name in DEFAULTS.items()}
+    parts = [part for name in CM3T_ROWS for part in load(name).streams.values()]
+    assert {part.kind for part in parts} == set(widths)
+    assert all((part.input or part.width) == widths[part.kind] for part in parts)
 
 
 def test_ours_is_summed_as_the_paper_sums_and_else_has_the_heads() -> None:

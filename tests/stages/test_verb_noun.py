@@ -17,7 +17,6 @@ from mdltool.recipe import find
 from tests import epic_videos
 from tests.conftest import TINY, Ran
 
-SIDES = ("verb_classes", "noun_classes", "tail_verbs", "tail_nouns", "unseen_participant_ids_validation")
 MORE = ("backbone.weights=scratch", "data.augment.smoothing=0.1", "train.steps.0.updates=2", "data.batch=4")
 SETS = [w for key in (*TINY, *MORE) for w in ("--set", key)]
 
@@ -26,21 +25,8 @@ class Kitchen:
     """Shards of two splits, and a model that was trained and scored on them."""
 
     def __init__(self, root: Path, lists: Path, mdltool: Callable[..., Ran]) -> None:
+        epic_videos.write_kitchen(root, lists)
         self.work, self.videos, annotations = root / "work", root / "videos", root / "lists"
-        annotations.mkdir()
-        for name in SIDES:
-            shutil.copy(lists / f"EPIC_100_{name}.csv", annotations)
-        for until_s, source, file in (
-            (epic_videos.TRAIN_UNTIL_S, "uda_source_train", "train"),
-            (epic_videos.VAL_UNTIL_S, "validation", "validation"),
-        ):
-            rows = epic_videos.rows_of(lists / f"EPIC_100_{source}.csv", until_s)
-            epic_videos.write_rows(annotations / f"EPIC_100_{file}.csv", rows)
-            for video in until_s:
-                own = [row for row in rows if row["video_id"] == video]
-                path = self.videos / own[0]["participant_id"] / "videos" / f"{video}.MP4"
-                path.parent.mkdir(parents=True)
-                epic_videos.write_long_video(path, own)
         words = ("--format", "epic_kitchens", "--annotations", annotations, "--domain", "ek", "--work", self.work)
         for split in ("train", "val"):
             assert mdltool("shard", self.videos, *words, "--split", split).code == 0
