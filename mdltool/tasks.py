@@ -28,6 +28,7 @@ TASKS = Table(
     },
 )
 
+_NEVER = 5  # ranks further than the last that is behind any k
 _AT_ONCE = 1024  # clips whose scores of all actions are in memory together
 
 
@@ -125,7 +126,7 @@ class SingleLabel(Task):
 
     def per_class(self, scores_MN: Tensor, labels_M: Tensor, wrong_M: Tensor | None = None) -> dict[str, Any]:
         num_classes = scores_MN.shape[1]
-        usable_M = torch.ones_like(labels_M, dtype=torch.bool) if wrong_M is None else ~wrong_M
+        usable_M = scores_MN.isfinite().all(dim=1) & (True if wrong_M is None else ~wrong_M)
         # argmax takes the first of equal scores, and so does _ranks
         predicted_M = scores_MN.argmax(dim=1)
         cells_M = (labels_M * num_classes + predicted_M)[usable_M]
@@ -282,11 +283,10 @@ class VerbNoun(Task):
         action_M = self._action_VN[tuple(labels_M2.T)]
         parts = zip(scores_MN.split(_AT_ONCE), action_M.clamp(min=0).split(_AT_ONCE), strict=True)
         of_action = [_ranks(self.action_scores(scores), actions) for scores, actions in parts]
-        never = len(self.pairs_A2) + 5  # behind any k
         return {
             "verb": _ranks(of_verb, labels_M2[:, 0]),
             "noun": _ranks(of_noun, labels_M2[:, 1]),
-            "action": torch.cat(of_action).where(action_M >= 0, never),
+            "action": torch.cat(of_action).where(action_M >= 0, len(self.pairs_A2) + _NEVER),
         }
 
     def per_class(self, scores_MN: Tensor, labels_M: Tensor, wrong_M: Tensor | None = None) -> dict[str, Any]:
@@ -325,7 +325,7 @@ def _average_precision(scores_M: Tensor, labels_M: Tensor, wrong_M: Tensor | Non
     # Here, since it costs every command that imports torch another 1.5 s.
     from torchmetrics.functional.classification import binary_average_precision
 
-    usable_M = torch.ones_like(labels_M, dtype=torch.bool) if wrong_M is None else ~wrong_M
+    usable_M = scores_M.isfinite() & (True if wrong_M is None else ~wrong_M)
     positives, reachable = int((labels_M > 0).sum()), int((labels_M[usable_M] > 0).sum())
     if positives == 0:
         return None
@@ -336,8 +336,11 @@ def _average_precision(scores_M: Tensor, labels_M: Tensor, wrong_M: Tensor | Non
 
 
 def _ranks(scores_MN: Tensor, labels_M: Tensor) -> Tensor:
-    """How many classes stand before the true one in each row; of equal scores the lower index stands before."""
+    """How many classes stand before the true one in each row; of equal scores the lower index stands before.
+
+    A row with a score that is not finite has no order: the true class is behind any k there.
+    """
     own_M1 = scores_MN.gather(1, labels_M[:, None])
     index_N = torch.arange(scores_MN.shape[1])
     before = (scores_MN > own_M1) | ((scores_MN == own_M1) & (index_N < labels_M[:, None]))
-    return before.sum(dim=1)
+    return before.sum(dim=1).where(scores_MN.isfinite().all(dim=1), scores_MN.shape[1] + _NEVER)

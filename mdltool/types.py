@@ -64,7 +64,7 @@ class Listing:
     there. notes: sentences printed to the user (label base, classes seen against listed, ...). excluded: how many
     listed clips were left out at the user's wish. absent: the missing clips, where the format says what they would
     be. subsets, participants: name -> keys of clips, there or not: parts that are scored for themselves, and who is
-    to be seen in them.
+    to be seen in them. sides: streams that the data set has side files for, and takes from nowhere else.
     """
 
     classes: tuple[str, ...]
@@ -78,6 +78,7 @@ class Listing:
     absent: tuple[Clip, ...] = ()
     subsets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     participants: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    sides: tuple[str, ...] = ()
 
     @property
     def marks(self) -> dict[str, dict[str, list[str]]]:

@@ -46,6 +46,15 @@ def test_equal_scores_do_not_help() -> None:
     assert SingleLabel().metrics(scores, torch.tensor([0, 1, 2]))["top1"] == pytest.approx(1 / 3)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scores_that_are_not_finite_are_wrong(value: float) -> None:
+    scores, labels = torch.tensor([[value] * 4, [0.0, 1.0, 0.0, 0.0]]), torch.tensor([[0, 0], [1, 1]])
+    assert SingleLabel().metrics(scores, labels[:, 0]) == {"top1": 0.5, "top5": 0.5, "mean_class": 0.5}
+    found = VerbNoun(2, 2, PAIRS).metrics(scores, labels)
+    assert found["verb_top1"] == found["noun_top5"] == found["action_top5"] == 0.5
+    assert MultiLabel().metrics(scores[:1], torch.eye(4)[:1]) == {"map": 0.0, "map_micro": 0.0}
+
+
 def test_a_single_class_works() -> None:
     found = SingleLabel().metrics(torch.ones(2, 1), torch.zeros(2, dtype=torch.long))
     assert found == {"top1": 1.0, "top5": 1.0, "mean_class": 1.0}

@@ -13,6 +13,7 @@ from torch import Tensor
 from mdltool.data.index import ShardIndex
 from mdltool.data.loader import ClipViews
 from mdltool.data.tokens import padded
+from mdltool.errors import MdlError
 from mdltool.model import MultiDomainModel
 from mdltool.tasks import Task
 from mdltool.types import StreamTokens
@@ -64,7 +65,8 @@ def score_domain(
 ) -> DomainScores:
     """Score every clip of one domain: the mean over its views of probabilities, or of logits (`average: logits`).
 
-    Clips with few views share a forward pass; a clip's views are never split over two.
+    Clips with few views share a forward pass; a clip's views are never split over two. Raises MdlError for scores
+    that are not finite.
     """
     found = DomainScores()
     model.eval()
@@ -78,6 +80,7 @@ def score_domain(
             logits = logits.float().cpu()
             sizes = [len(clip.views.frames) for clip in group if clip.views is not None]
             for clip, part in zip(group, logits.split(sizes), strict=True):
+                _check_finite(part, clip.key, domain)
                 found.keys.append(clip.key)
                 found.scores.append(_over_views(part, task, average))
                 found.logits.append(_mean(part))
@@ -97,7 +100,7 @@ def score_mixed(
     """One [N] score vector for each clip, (domain, its views [V, 3, T, H, W]), as score_domain's; in their order.
 
     All views of all clips of one size go through the model `batch` at a time, whatever their domains. streams: of
-    each clip, by name, float32 [M, D].
+    each clip, by name, float32 [M, D]. Raises MdlError for scores that are not finite.
     """
     given = streams or [{}] * len(clips)
     scores: dict[int, Tensor] = {}
@@ -130,6 +133,7 @@ def _score_alike(
     scores, start = [], 0
     for domain, views in clips:
         logits_VN = torch.stack(rows[start : start + len(views)]).float()
+        _check_finite(logits_VN, "a clip", domain)
         scores.append(_over_views(logits_VN, tasks[domain], average))
         start += len(views)
     return scores
@@ -140,6 +144,13 @@ def _streams(group: Sequence[ClipViews], device: torch.device | None) -> dict[st
     found = padded([clip.streams for clip in group if clip.views is not None for _ in clip.views.frames])
     where = device or "cpu"
     return {name: StreamTokens(s.tokens_BMD.to(where), s.mask_BM.to(where)) for name, s in found.items()}
+
+
+def _check_finite(logits_VN: Tensor, key: str, domain: str) -> None:
+    if not logits_VN.isfinite().all():
+        raise MdlError(
+            f"the model's scores of {key} are not finite", f"domain {domain}", "compute in fp32, or train it anew"
+        )
 
 
 def _over_views(logits_VN: Tensor, task: Task, average: str) -> Tensor:

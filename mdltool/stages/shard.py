@@ -130,7 +130,7 @@ def _pool(writing: Writing, effort: Effort) -> Pool[Job, Prepared]:
 
 
 def _streams(dataset: Dataset, listing: Listing, writing: Writing) -> Streams | None:
-    return Streams(writing.streams, listing.clips, dataset.source) if writing.streams else None
+    return Streams(writing.streams, listing.clips, dataset.source, listing.sides) if writing.streams else None
 
 
 def _stream_entries(streams: Streams | None, records: Sequence[ShardRecord], whole: bool) -> Row:

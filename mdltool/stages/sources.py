@@ -13,8 +13,8 @@ from mdltool.stages.fitting import DomainData
 from mdltool.stages.plan import modalities
 from mdltool.types import StreamInfo
 
-# What shards of one stream may differ in: how it is stored, whose speech, where flow comes from.
-_FREE = ("store", "speaker", "method", "weights", "pairs_per_s")
+# What shards of one stream may differ in: how it is stored, whose speech, where sound and flow come from.
+_FREE = ("store", "speaker", "side", "method", "weights", "pairs_per_s")
 
 
 def with_sources(recipe: Recipe, data: Mapping[str, DomainData]) -> Recipe:

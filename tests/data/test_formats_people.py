@@ -10,6 +10,8 @@ import pytest
 from mdltool.data.formats.udiva import TRAITS
 from mdltool.data.index import ShardIndex
 from mdltool.data.modalities.asked import asked
+from mdltool.data.modalities.plan import Streams
+from mdltool.data.modalities.video import streams_of_video
 from mdltool.errors import MdlError
 from mdltool.stages.shard import Dataset, Writing, run
 from tests.data.test_formats import read, touch
@@ -39,6 +41,45 @@ class TestMpiigi:
         assert second.sides == {}
         assert listing.missing == (("clips_train/3", "no file 3-video.*"),)
         assert "microphones: beside 1 snippets" in listing.notes
+
+    @pytest.mark.parametrize("split", ["val", "validation"])
+    def test_snippets_of_another_split_are_not_taken(self, tmp_path: Path, split: str) -> None:
+        """Every split's snippets count from 1."""
+        folder = self.folder(tmp_path, inner=".")
+        labels = folder / "bodily_val.csv"
+        with pytest.raises(MdlError, match=rf"no folder has the snippets of '{split}' .there is: clips_train"):
+            read("mpiigi", folder, labels, split)
+        with pytest.raises(MdlError, match="there is: clips_train"):
+            read("mpiigi", folder / "clips_train", labels, split)
+        touch(folder / "clips_val", "00001-video.mp4")
+        (clip,) = read("mpiigi", folder, labels, split).clips
+        assert clip.video == folder / "clips_val" / "00001-video.mp4"
+
+    def test_snippets_may_lie_in_the_source_itself(self, tmp_path: Path) -> None:
+        touch(tmp_path, "00001-video.mp4")
+        (tmp_path / "val.csv").write_text("clip,Settle\n1,0\n")
+        assert len(read("mpiigi", tmp_path, None, "val").clips) == 1
+
+    def test_microphones_are_never_the_videos_own_track(self, tmp_path: Path) -> None:
+        """Not even where no snippet has one; and `predict` knows from the shards that they are side files."""
+        folder = self.folder(tmp_path, inner=".")
+        for wav in (folder / "clips_train").glob("*.wav"):
+            wav.unlink()
+        listing = read("mpiigi", folder, None, "train")
+        wanted = asked(("audio_mic0", "audio"), (), (), ())
+        streams = Streams(wanted, listing.clips, folder, listing.sides)
+        mic, own = streams.of(listing.clips[0])
+        assert (mic.plan.side, mic.source, own.plan.side) == (True, None, False)
+        assert mic.plan.info.options["side"] is True
+        assert "side" not in own.plan.info.options
+        video = tmp_path / "v.mkv"
+        video.write_bytes(make_sounding(tone(1.0), 1.0))
+        infos = {plan.name: plan.info for plan in streams.plans}
+        found = streams_of_video(video, infos)
+        assert found["audio_mic0"].missing == "its sound comes from a side file: --side audio_mic0=..."
+        assert found["audio"].missing is None
+        found = streams_of_video(video, infos, sides={"audio_mic0": video})
+        assert found["audio_mic0"].missing is None
 
     def test_chosen_columns_and_names_of_files(self, tmp_path: Path) -> None:
         folder = self.folder(tmp_path, rows="00002-video.mp4,0,1,1\n")
@@ -110,9 +151,17 @@ class TestUdiva:
         text = tmp_path / "transcripts" / "002003" / "FC1_T.srt"
         assert listing.clips[0].sides == {"audio_self": one, "audio_other": other, "text_self": text}
         assert listing.clips[2].sides == {"audio_self": other, "audio_other": one, "text_other": text}
+        assert listing.sides == ("audio_self", "audio_other", "text_self", "text_other", "text")
         keys = [clip.key for clip in listing.clips]
         assert listing.participants == {"2": tuple(keys[:2]), "3": tuple(keys[2:])}
         assert len(listing.missing) == 2, "recordings that cannot be read are missing"
+
+    def test_without_sound_files_a_recording_has_its_own_track(self, tmp_path: Path) -> None:
+        folder = self.folder(tmp_path)
+        (folder / "recordings/talk_recordings_val/002003/FC2_T.wav").unlink()
+        listing = read("udiva", folder, None, "val")
+        assert "audio_self" not in {*listing.sides, *listing.clips[0].sides}
+        assert listing.clips[0].sides["audio_other"] == listing.clips[2].video
 
     def test_shards_name_the_participants(self, tmp_path: Path) -> None:
         folder = self.folder(tmp_path)

@@ -9,10 +9,12 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from av.stream import Disposition
 
 from mdltool.data.modalities import Absent, Part, Sound
 from mdltool.data.modalities.sound import SoundOptions, encode_sound, read_sound
 from mdltool.errors import MdlError
+from tests.data.tiny_shards import picture
 from tests.data.tiny_sound import RATE, make_video, tone
 
 
@@ -26,6 +28,20 @@ def video(tmp_path: Path) -> Path:
 
 def part(video: Path, start_s: float = 0.0, duration_s: float = 2.0) -> Part:
     return Part(video, start_s, duration_s, video)
+
+
+def with_cover(samples_N: np.ndarray) -> bytes:
+    """A FLAC file with a picture."""
+    target = io.BytesIO()
+    with av.open(target, "w", format="flac") as out:
+        sound, cover = out.add_stream("flac", rate=RATE, layout="mono"), out.add_stream("mjpeg", rate=25)
+        cover.width, cover.height, cover.pix_fmt = 64, 48, "yuvj420p"
+        cover.disposition = Disposition.attached_pic
+        shown = av.VideoFrame.from_ndarray(picture(0, 64, 48), "rgb24").reformat(format="yuvj420p")
+        heard = av.AudioFrame.from_ndarray(samples_N[None], "s16", layout="mono")
+        heard.sample_rate, heard.pts = RATE, 0
+        out.mux([*cover.encode(shown), *cover.encode(), *sound.encode(heard), *sound.encode()])
+    return target.getvalue()
 
 
 def decoded(content: bytes) -> np.ndarray:
@@ -81,8 +97,29 @@ def test_a_side_file_takes_the_tracks_place(video: Path, tmp_path: Path) -> None
     assert np.array_equal(sound.samples_N, tone(2.0, hertz=880.0)[9600:14400])
 
 
+@pytest.mark.parametrize("start_s", [0.0, 1.2])
+def test_time_0_is_the_first_frame(start_s: float, video: Path, tmp_path: Path) -> None:
+    """Of the video, and of a side file that is one; of a sound alone it is the first sample, cover or not."""
+    late, alone = tmp_path / "late.mkv", tmp_path / "alone.flac"
+    late.write_bytes(make_video(tone(2.0), frames_late_s=0.48))
+    alone.write_bytes(with_cover(tone(2.0)))
+    first = round(start_s * RATE)
+    for path, side, wanted in ((late, None, 0.48), (late, late, 0.48), (video, late, 0.48), (late, alone, 0.0)):
+        samples_N = read_sound(part(path, start_s, 0.2), side, SoundOptions()).samples_N
+        assert np.array_equal(samples_N, tone(2.0)[round(wanted * RATE) + first :][: round(0.2 * RATE)])
+
+
+def test_a_side_file_may_begin_with_silence(video: Path, tmp_path: Path) -> None:
+    side = tmp_path / "side.mkv"
+    side.write_bytes(make_video(tone(1.0), late_s=0.5))
+    samples_N = read_sound(part(video), side, SoundOptions()).samples_N
+    assert not samples_N[: RATE // 2].any()
+    assert np.array_equal(samples_N[RATE // 2 :], tone(1.0))
+
+
 def test_why_a_clip_has_none(video: Path, tmp_path: Path, test_data: Path) -> None:
-    silent, short, text = (tmp_path / name for name in ("silent.mkv", "short.mkv", "text.wav"))
+    silent, short, late, text = (tmp_path / name for name in ("silent.mkv", "short.mkv", "late.mkv", "text.wav"))
+    late.write_bytes(make_video(tone(0.5), late_s=1.5))
     silent.write_bytes(make_video(None))
     short.write_bytes(make_video(tone(0.5)))
     text.write_text("no sound")
@@ -94,6 +131,7 @@ def test_why_a_clip_has_none(video: Path, tmp_path: Path, test_data: Path) -> No
     for given, side, reason in (
         (part(silent), None, "the video has no audio track"),
         (part(short, 1.5, 0.5), None, "the sound ends 1.00 s before the clip starts"),
+        (part(late, 0.5, 0.3), None, "the sound begins 0.70 s after the clip ends"),
         (replace(part(video), is_image=True), None, "an image has no sound"),
         (part(video), text, "the sound's file cannot be opened"),
         (part(strange), None, "the audio's codec cannot be decoded here"),
@@ -104,11 +142,13 @@ def test_why_a_clip_has_none(video: Path, tmp_path: Path, test_data: Path) -> No
 
 
 def test_a_track_without_a_readable_rate(tmp_path: Path) -> None:
-    wav = tmp_path / "odd.wav"
-    header = b"RIFF\0\0\0\0WAVEfmt \x10\0\0\0\x01\0\x01\0" + bytes(8) + b"\x02\0\x10\0data\xff\0\0\0"
-    wav.write_bytes(header + bytes(600))
-    with pytest.raises(Absent, match=r"rate cannot be read|cannot be opened"):
-        read_sound(part(wav), wav, SoundOptions())
+    content = bytearray(make_video(tone(0.5), 0.5))
+    at = content.index(b"\xb5\x88")  # Matroska's SamplingFrequency, a double
+    content[at + 2 : at + 10] = bytes(8)
+    path = tmp_path / "odd.mkv"
+    path.write_bytes(content)
+    with pytest.raises(Absent, match=r"the audio's rate cannot be read .pcm_s16le"):
+        read_sound(part(path), None, SoundOptions())
 
 
 @pytest.mark.parametrize(

@@ -142,3 +142,32 @@ def test_a_damaged_array_is_named(tmp_path: Path) -> None:
         MdlError, match=r"'audio' of 'clip/001' is float32 \[2, 4\], not float16 or float32 \[M, 3\]"
     ):
         index.clip_and_streams(1, {"audio": 3})
+
+
+def npy(header: str, data: bytes = b"") -> bytes:
+    content = header.encode().ljust(117) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(content).to_bytes(2, "little") + content + data
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (npy("{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000000, 3)}"), "not the rows"),
+        (npy("{'descr': '<f4', 'fortran_order': False, 'shape': (-1, 3)}", bytes(12)), "not the rows"),
+        (npy("{'descr': '<f4', 'fortran_order': True, 'shape': (2, 3)}", bytes(24)), "not the rows"),
+        (npy("{'descr': '|O', 'fortran_order': False, 'shape': (2, 3)}", bytes(48)), r"is object \[2, 3\]"),
+        (npy("{'descr': ("), "no array"),
+        (npy("(" * 3000), "no array"),
+        (b"PK\x03\x04", "no array"),
+        (npy("{'descr': '<f4', 'fortran_order': False, 'shape': (1, 3)}", b"\0\0\xc0\x7f" * 3), "not finite"),
+    ],
+)
+def test_a_hostile_array_is_damage(
+    content: bytes, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrays = {"audio": [np.zeros((2, 3), np.float32)]}
+    index = ShardIndex.open(write_shards(tmp_path / "s", [b"video"], streams=dict(arrays)))
+    members = {**index.read(0), "audio.npy": content}
+    monkeypatch.setattr(ShardIndex, "read", lambda *_: members)
+    with pytest.raises(MdlError, match=rf"damaged: .*'audio'.* {what}"):
+        index.clip_and_streams(0, {"audio": 3})

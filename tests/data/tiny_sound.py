@@ -27,9 +27,13 @@ def make_video(
     codec: str = "pcm_s16le",
     container: str = "matroska",
     late_s: float = 0.0,
+    frames_late_s: float = 0.0,
     size: tuple[int, int] = (64, 48),
 ) -> bytes:
-    """A video of 25 numbered frames a second with this sound, int16 [N] or [2, N], beginning `late_s` after it."""
+    """A video of 25 numbered frames a second with this sound, int16 [N] or [2, N].
+
+    late_s, frames_late_s: when the sound and the frames begin, by the file's clock.
+    """
     target = io.BytesIO()
     with av.open(target, "w", format=container) as out:
         video = out.add_stream("mjpeg", rate=25)
@@ -39,7 +43,7 @@ def make_video(
         sound = None if samples is None else out.add_stream(codec, rate=rate, layout=layout)
         for number in range(round(25 * seconds)):
             frame = av.VideoFrame.from_ndarray(picture(number, *size), "rgb24").reformat(format="yuvj420p")
-            frame.pts, frame.time_base = number, Fraction(1, 25)
+            frame.pts, frame.time_base = number + round(25 * frames_late_s), Fraction(1, 25)
             out.mux(video.encode(frame))
         out.mux(video.encode())
         if sound is not None and samples is not None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from mdltool.evaluate.scores import score_mixed
+from mdltool.data.loader import ClipViews
+from mdltool.errors import MdlError
+from mdltool.evaluate.scores import score_domain, score_mixed
+from mdltool.evaluate.views import Views
 from mdltool.tasks import task_of
 from mdltool.train.objective import Clips, Smoothing, TaskObjective
 from mdltool.types import LabelSpace
@@ -34,6 +38,17 @@ def test_a_batch_of_several_tasks_scores_as_each_alone() -> None:
         torch.testing.assert_close(scores, tasks[name].probabilities(logits).mean(0).float(), rtol=0, atol=1e-6)
     verbs, nouns = together[0].split([2, 3])
     torch.testing.assert_close(torch.stack([verbs.sum(), nouns.sum()]), torch.ones(2))
+
+
+def test_scores_that_are_not_finite_stop_the_evaluation() -> None:
+    """As NaN compares, no class would stand before the true one."""
+    model = tiny_model(domains=OUTPUTS, bn="frozen")
+    torch.nn.init.constant_(model.heads["acts"].get_parameter("weight"), torch.nan)
+    task, views = task_of(SPACES["acts"]), clips(1, seed=1)
+    with pytest.raises(MdlError, match="scores of clip/7 are not finite"):
+        score_domain(model, [ClipViews("clip/7", Views(views, 1, "pyav"), None)], "acts", task)
+    with pytest.raises(MdlError, match="not finite"):
+        score_mixed(model, [("acts", views)], {"acts": task})
 
 
 def test_every_task_trains_with_smoothing() -> None:

@@ -8,9 +8,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from mdltool.data.formats.common import finished, key_of, label_notes, relative_name, source_folder, walk_videos
+from mdltool.data.formats.common import (
+    finished,
+    key_of,
+    label_notes,
+    relative_name,
+    same_split,
+    source_folder,
+    walk_videos,
+)
 from mdltool.data.formats.multilabel import is_one
 from mdltool.data.formats.table import Row, read_rows
 from mdltool.errors import MdlError
@@ -18,6 +27,7 @@ from mdltool.registry import did_you_mean
 from mdltool.types import Clip, Listing
 
 SOUNDS = frozenset((".aac", ".flac", ".m4a", ".mp3", ".ogg", ".opus", ".wav"))
+MICROPHONES = tuple(f"audio_mic{number}" for number in range(4))
 _CLIP = re.compile(r"(\d+)(?:-video)?")
 _MICROPHONE = re.compile(r"(\d+)-(?:audio|mic)([0-3])")
 _HINT = "the first column names the snippet (00001 or 00001-video.mp4), each other one is a behaviour, 0 or 1"
@@ -32,7 +42,7 @@ def read(
 ) -> Listing:
     """List the snippets of a split.
 
-    source: holds clips_<split>/, where need be one folder further inside. annotations: the split's CSV file, or a
+    source: holds clips_<split>/, where need be further inside, or is it. annotations: the split's CSV file, or a
     folder with one whose name has the split. The classes are its columns, or those that `classes` chooses. Beside a
     snippet, 00001-audio0.wav (or mic0; 0..3) are its microphones: the sides audio_mic0..3. Raises MdlError for what
     is wrong with the files.
@@ -41,7 +51,7 @@ def read(
     path = _list_file(source, annotations, split)
     rows = read_rows(path, (), _HINT)
     names = _names(rows[0], classes, path)
-    folder = next((f for f in sorted(source.rglob(f"clips_{split}")) if f.is_dir()), source)
+    folder = _folder(source, split)
     videos = {m[1].lstrip("0"): v for v in walk_videos(folder) if (m := _CLIP.fullmatch(v.stem))}
     sounds = _microphones(folder)
     clips: list[Clip] = []
@@ -58,7 +68,20 @@ def read(
     heard = sum(bool(clip.sides) for clip in clips)
     notes = [f"list: {path.name}, {len(rows)} snippets, {len(names)} behaviours", *label_notes(clips)]
     notes += [f"microphones: beside {heard} snippets"] if heard else []
-    return finished(names, clips, missing, notes, path, "multi_label")
+    return replace(finished(names, clips, missing, notes, path, "multi_label"), sides=MICROPHONES)
+
+
+def _folder(source: Path, split: str) -> Path:
+    """Where the split's snippets lie; the source itself where nothing there is called clips_... .
+
+    Snippets of every split count from 1: those of another would be taken for this one's.
+    """
+    found = [f for f in (source, *sorted(source.rglob("clips_*"))) if f.is_dir() and f.name.startswith("clips_")]
+    own = [f for f in found if same_split(f.name.removeprefix("clips_"), split)]
+    if found and not own:
+        names = ", ".join(dict.fromkeys(f.name for f in found))
+        raise MdlError(f"no folder has the snippets of '{split}' (there is: {names})", source, f"clips_{split}/")
+    return own[0] if own else source
 
 
 def _list_file(source: Path, annotations: Path | None, split: str) -> Path:

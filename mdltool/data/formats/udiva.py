@@ -29,6 +29,7 @@ TRAITS = (
     "AGREEABLENESS_Z",
     "NEGATIVEEMOTIONALITY_Z",
 )
+SIDES = ("audio_self", "audio_other", "text_self", "text_other", "text")
 _CAMERA = re.compile(r"FC([12])_([A-Z])")
 _SOUNDS = frozenset((".flac", ".wav"))
 _TRANSCRIPTS = frozenset((".srt",))
@@ -49,7 +50,8 @@ def read(
     source: the folder of the recordings. annotations: that of the metadata (default: the source). The targets are
     the five standardised traits, or the columns that `classes` chooses. Sides: audio_self and audio_other, the
     sound file beside a recording or the recording itself; text_self and text_other, transcripts of one participant,
-    or text, one of both. Raises MdlError for what is wrong with the files.
+    or text, one of both. Without any sound file audio_self is no side, but every recording's own track. Raises
+    MdlError for what is wrong with the files.
     """
     source = source_folder(source)
     place = annotations or source
@@ -78,7 +80,8 @@ def read(
     notes = [f"sessions: {len(sessions)}; participants: {len(people)}", f"windows: of {WINDOW_MS / 1000} s"]
     notes += spread_notes(names, clips)
     listing = finished(names, clips, missing, notes, where, "regression")
-    return replace(listing, participants={person: tuple(keys) for person, keys in people.items()})
+    participants = {person: tuple(keys) for person, keys in people.items()}
+    return replace(listing, participants=participants, sides=SIDES if files["sound"] else SIDES[1:])
 
 
 def _metadata(place: Path, names: Sequence[str]) -> Path:
@@ -145,7 +148,9 @@ def _sides(recording: Recording, files: Mapping[str, Mapping[Recording, Path]]) 
     sides = {}
     for name, number in (("self", person), ("other", 3 - person)):
         own = (session, task, number)
-        sound = files["sound"].get(own) or files["video"].get(own)
+        sound = files["sound"].get(own)
+        if sound is None and (name == "other" or files["sound"]):
+            sound = files["video"].get(own)
         for kind, path in (("audio", sound), ("text", files["transcript"].get(own))):
             if path is not None:
                 sides[f"{kind}_{name}"] = path

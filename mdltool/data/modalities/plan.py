@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,9 +64,12 @@ class ClipStream:
 class Streams:
     """All streams of a run, with the side files of each. Raises MdlError for what cannot be had at all."""
 
-    def __init__(self, wanted: Sequence[Asked], clips: Sequence[Clip], source: Path) -> None:
+    def __init__(
+        self, wanted: Sequence[Asked], clips: Sequence[Clip], source: Path, named: Collection[str] = ()
+    ) -> None:
+        """named: streams that come from the format's own side files, even where no clip has one."""
         self._source = source
-        self._listed = {entry.name: _listed(entry, clips, source) for entry in wanted}
+        self._listed = {entry.name: _listed(entry, clips, source, entry.name in named) for entry in wanted}
         self._sides = {e.name: None if self._listed[e.name] else _sides(e, source) for e in wanted}
         self.plans = [self._plan(entry, clips) for entry in wanted]
 
@@ -106,7 +109,11 @@ class Streams:
             width = self._stored_width(plan, clips, entry.features)
             return dataclasses.replace(plan, info=dataclasses.replace(plan.info, width=width))
         plan = extracted(entry)
-        return dataclasses.replace(plan, side=True) if self._listed[entry.name] else plan
+        plan = dataclasses.replace(plan, side=True) if self._listed[entry.name] else plan
+        if not (plan.side and entry.kind == "audio"):  # flow says it by its method, text comes from nothing else
+            return plan
+        info = dataclasses.replace(plan.info, options={**plan.info.options, "side": True})
+        return dataclasses.replace(plan, info=info)
 
     def _stored_width(self, plan: StreamPlan, clips: Sequence[Clip], folder: Path) -> int:
         """The width of the first clip's features that are there, in order of the keys."""
@@ -146,13 +153,13 @@ def load_features(path: Path, width: int | None) -> np.ndarray:
     return found if found.dtype == np.float16 else found.astype(np.float32)
 
 
-def _listed(entry: Asked, clips: Sequence[Clip], source: Path) -> str | None:
-    """The digest of the side files that the annotation format itself names for a stream; None: of none."""
+def _listed(entry: Asked, clips: Sequence[Clip], source: Path, named: bool) -> str | None:
+    """The digest of the side files that the annotation format itself has for a stream; None: it is no such one."""
     if entry.side is not None or entry.features is not None:
         return None
     files = {clip.sides[entry.name] for clip in clips if entry.name in clip.sides}
     rows = sorted([relative_name(file, source), file.stat().st_size] for file in files)
-    return digest_of(rows) if rows else None
+    return digest_of(rows) if rows or named else None
 
 
 def _sides(entry: Asked, source: Path) -> Sides | None:

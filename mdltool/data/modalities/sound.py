@@ -17,6 +17,7 @@ import numpy as np
 from av.audio.resampler import AudioResampler
 from av.codec.context import Flags
 from av.container import InputContainer
+from av.stream import Disposition
 
 from mdltool.data.decode_pyav import readable
 from mdltool.data.modalities import Absent, Part, Sound
@@ -49,14 +50,16 @@ class SoundOptions:
 
 
 def read_sound(part: Part, side: Path | None, options: SoundOptions) -> Sound:
-    """The clip's sound, from its own track or from `side`, whose first sample belongs to the video's first frame.
+    """The clip's sound, from its own track or from `side`, whose time 0 is that of the video.
 
-    Ends early where the track does. Raises Absent where there is none that decodes in the clip.
+    The time 0 of a file is its first frame, of one without a video its first sample. Ends early where the track
+    does. Raises Absent where there is none that decodes in the clip.
     """
     if part.is_image and side is None:
         raise Absent("an image has no sound")
     with _opened(side or part.video) as container:
-        stream = container.streams.best("audio")
+        # None is best where no rate is known, which is to be told.
+        stream = container.streams.best("audio") or next(iter(container.streams.audio), None)
         if not isinstance(stream, av.AudioStream):
             raise Absent("the side file has no audio track" if side else "the video has no audio track")
         context = stream.codec_context
@@ -64,7 +67,8 @@ def read_sound(part: Part, side: Path | None, options: SoundOptions) -> Sound:
             raise Absent("the audio's codec cannot be decoded here")
         if not context.sample_rate or not context.layout.nb_channels:
             raise Absent(f"the audio's rate cannot be read ({context.codec.canonical_name})")
-        origin_s = _start_s(stream) if side else _first_frame_s(part.video)
+        filmed = side is None or any(not _is_cover(video) for video in container.streams.video)
+        origin_s = _first_frame_s(side or part.video) if filmed else _start_s(stream)
         samples_N = _Track(container, stream).read(origin_s + part.start_s, part.duration_s)
         return Sound(_resampled(samples_N, context.sample_rate, options.rate), options.rate)
 
@@ -107,6 +111,9 @@ class _Track:
         if not filled:
             if self.end_s is None:
                 raise Absent(f"no sound decodes ({self.stream.codec_context.codec.canonical_name})")
+            stop_s = start_s + duration_s
+            if self.first_s is not None and self.first_s >= stop_s:
+                raise Absent(f"the sound begins {self.first_s - stop_s:.2f} s after the clip ends")
             raise Absent(f"the sound ends {start_s - self.end_s:.2f} s before the clip starts")
         return samples_N[:filled]
 
@@ -166,6 +173,11 @@ def _opened(path: Path) -> Iterator[InputContainer]:
 
 def _start_s(stream: av.AudioStream) -> float:
     return float((stream.start_time or 0) * (stream.time_base or 0))
+
+
+def _is_cover(stream: av.VideoStream) -> bool:
+    """Whether this is a picture of the sound's file, not a video."""
+    return bool(stream.disposition & Disposition.attached_pic)
 
 
 def _first_frame_s(video: Path) -> float:

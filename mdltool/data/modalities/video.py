@@ -59,6 +59,8 @@ def _tokens(name: str, info: StreamInfo, part: Part, side: Path | None) -> np.nd
         if side is None:
             raise Absent("its features come from files of the data set")
         return load_features(side, info.width).astype(np.float32)
+    if side is None and info.options.get("side"):
+        raise Absent(f"its sound comes from a side file: --side {name}=...")
     plan = _plan(name, info, side)
     assert plan.extractor is not None
     try:
@@ -72,6 +74,7 @@ def _plan(name: str, info: StreamInfo, side: Path | None) -> StreamPlan:
     """What the shards' options say. Raises MdlError for another version of the extractor."""
     options = {**info.options, "extractor": info.extractor}
     options.pop("weights", None)  # a name, which is looked for where torch keeps its own
+    options.pop("side", None)
     if options.get("method") == "frames":
         options["method"] = "auto"
     plan = extracted(Asked(name, info.kind, side, None, options))
