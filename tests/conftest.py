@@ -116,9 +116,9 @@ class World:
         return [w for d in domains for s in ("train", "val") for w in ("--data", f"{d}={self.shards(d, s)}")]
 
     def train_words(self, weights: str = "scratch") -> list[str]:
-        """A small training run of both domains."""
+        """A small training run of both domains; it reads by itself, unless later words have --workers."""
         sets = [w for key in (*TINY, f"backbone.weights={weights}") for w in ("--set", key)]
-        return ["train", "--recipe", str(self.work / "two.yaml"), *sets, "--work", str(self.work)]
+        return ["train", "--recipe", str(self.work / "two.yaml"), *sets, "--work", str(self.work), "--workers", "0"]
 
 
 @pytest.fixture(scope="session")

@@ -46,7 +46,7 @@ def train_words(world: World, out: Path, *changes: str) -> list[str]:
     path = world.work / "two_mixed.yaml"
     path.write_text(yaml.safe_dump(recipe | {"name": "two_mixed"}))
     sets = [word for change in (*CHANGES, *changes) for word in ("--set", change)]
-    return ["train", "--recipe", str(path), *sets, "--work", str(world.work), "--out", str(out)]
+    return ["train", "--recipe", str(path), *sets, "--work", str(world.work), "--workers", "0", "--out", str(out)]
 
 
 @pytest.fixture(scope="module")
