@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 
 def parameter_counts(model: MultiDomainModel) -> dict[str, Any]:
-    """Parameters by part (design, section 6): integers; total = backbone + heads + adapters + streams (their
-    embedders), norms apart.
+    """Parameters by part (design, section 6): integers; total = backbone + heads + adapters; norms and streams
+    (their embedders) apart.
 
     With `bn: per_domain` every domain owns a copy of the BatchNorms' weights; one of the copies stands for the
     backbone's own, so D - 1 of them are counted as adapters (spec omi_mdl 6.4). Factors that domains share
@@ -34,7 +34,7 @@ def parameter_counts(model: MultiDomainModel) -> dict[str, Any]:
     backbone = sum(parameter.numel() for parameter in model.backbone_parameters())
     shared = [wrapper.shared for wrapper in model.sites.values() if wrapper.shared is not None]
     return {
-        "total": backbone + heads + adapters + streams,
+        "total": backbone + heads + adapters,
         "backbone": backbone,
         "heads": heads,
         "adapters": adapters,

@@ -48,10 +48,10 @@ def _print(about: str, found: dict[str, Any], paper: bool) -> None:
     if counts["projection"]:
         parts.insert(1, "projection")
     if counts["streams"]:
-        parts.insert(parts.index("total"), "streams")
+        parts.insert(parts.index("norms"), "streams")
     notes = {
-        "total": "backbone + heads + adapters" + (" + streams" if counts["streams"] else ""),
-        "streams": "the streams' embedders",
+        "total": "backbone + heads + adapters",
+        "streams": "the streams' embedders, not in the total",
         "projection": "not used and not in the total; some papers count it",
         "norms": "shared over domains, in no column of the paper",
         "trainable": f"{found['percent_of_backbone']:.1f}% of the backbone",

@@ -141,12 +141,12 @@ def parameters(evals: Sequence[Evaluated]) -> str:
     for e in evals:
         counts = e.model_json.get("parameters", {})
         if counts:
-            parts = ("backbone", "heads", "adapters", "total", "norms", "trainable")
-            rows.append((e.label, *(f"{counts[part]:,}" for part in parts)))
+            parts = ("backbone", "heads", "adapters", "total", "norms", "streams", "trainable")
+            rows.append((e.label, *(f"{counts.get(part, 0):,}" for part in parts)))
             for domain, own in counts.get("per_domain", {}).items():
                 per_domain.append((e.label, domain, f"{own['adapters']:,}", f"{own['head']:,}"))
-    columns = ("model", "backbone", "heads", "adapters", "total", "shared norms", "trainable")
-    whole = page.table(columns, rows, "total = backbone + heads + adapters")
+    columns = ("model", "backbone", "heads", "adapters", "total", "shared norms", "streams", "trainable")
+    whole = page.table(columns, rows, "total = backbone + heads + adapters; streams: the embedders of modalities")
     return whole + page.table(("model", "domain", "adapters", "head"), per_domain, "Per domain")
 
 
