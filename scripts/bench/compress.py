@@ -43,7 +43,7 @@ def main() -> int:
     parser.add_argument("--dir", type=Path, help="where everything is made, and found again")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--updates", type=int, default=260)
-    parser.add_argument("--finetune", type=int, default=80)
+    parser.add_argument("--finetune", type=int, default=200)
     options = parser.parse_args()
     if not options.accuracy:
         good = [timed(name) for name in TIMED]
