@@ -22,6 +22,7 @@ from mdltool.data.synth_figures import APPEARANCE, MOVERS
 from mdltool.data.synth_looks import LOOKS
 from mdltool.data.synth_paint import play
 from mdltool.data.synth_sound import RATE, SOUNDS, record
+from tests.conftest import TINY
 
 Rows = list[dict[str, str]]
 
@@ -31,6 +32,14 @@ VAL_UNTIL_S = {"P03_26": 10.0, "P18_04": 17.0}
 SIDES = ("verb_classes", "noun_classes", "tail_verbs", "tail_nouns", "unseen_participant_ids_validation")
 FPS = 10
 WIDTH, HEIGHT = 96, 72
+# What cm3t_ek100 asks of a GPU, of pretrained weights and of 67,000 clips, in small; all else is the recipe's own.
+SMALL = (
+    *TINY[1:],
+    "backbone.name=swin3d_tiny",
+    "backbone.weights=scratch",
+    "data.batch=8",
+    *(f"train.steps.{step}.{key}" for step in (0, 1) for key in ("epochs=1", "schedule.warmup=0")),
+)
 
 
 def write_kitchen(root: Path, lists: Path) -> dict[str, Rows]:

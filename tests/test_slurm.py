@@ -8,83 +8,29 @@ import re
 import shutil
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import TINY, World
+from mdltool.artifact import open_artifact
+from tests import epic_videos
+from tests.conftest import TINY, Ran, World
+from tests.slurm import (
+    ROOT,
+    SCRIPTS,
+    Cluster,
+    clean_environment,
+    free_port,
+    local_cluster,
+    submit_chain,
+    submitted,
+    wait_for_text,
+)
 
-ROOT = Path(__file__).parent.parent
-SCRIPTS = ROOT / "scripts" / "slurm"
 DAEMONS = ("munged", "slurmctld", "slurmd")
 UPDATES = 30
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """A running Slurm: where it lies, and the environment that speaks to it."""
-
-    folder: Path
-    env: dict[str, str]
-
-    def run(self, *words: object, **env: str) -> str:
-        """The stdout of a command that must succeed."""
-        ran = subprocess.run(
-            [str(w) for w in words], env=self.env | env, cwd=ROOT, capture_output=True, text=True, timeout=60
-        )
-        assert ran.returncode == 0, f"{words}: {ran.stderr}"
-        return ran.stdout
-
-    def job(self, number: str) -> dict[str, str]:
-        """What Slurm says of a job: JobState, Reason, ExitCode, StartTime ..."""
-        return dict(re.findall(r"(\S+?)=(\S*)", self.run("scontrol", "show", "job", "--oneliner", number)))
-
-    def wait(self, number: str, *states: str, seconds: float = 180) -> dict[str, str]:
-        """The job, once it is in one of the states. Fails with its log after `seconds`."""
-        end = time.monotonic() + seconds
-        while (found := self.job(number))["JobState"] not in states:
-            if time.monotonic() > end or found["JobState"] in ("FAILED", "TIMEOUT", "NODE_FAIL"):
-                log = Path(found["StdOut"])
-                text = log.read_text()[-4000:] if log.exists() else "no log"
-                pytest.fail(f"{found['JobName']} is {found['JobState']}, not {' or '.join(states)}: {text}")
-            time.sleep(0.2)
-        return found
-
-
-def free_port() -> int:
-    """The first of two neighbouring ports that nobody listens on."""
-    while True:
-        with socket.socket() as one, socket.socket() as two:
-            one.bind(("127.0.0.1", 0))
-            port = int(one.getsockname()[1])
-            try:
-                two.bind(("127.0.0.1", port + 1))
-            except OSError:
-                continue
-            return port
-
-
-def clean_environment(port: int) -> dict[str, str]:
-    """This environment without what another Slurm or sbatch put there."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "SRUN_"))}
-    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
-    return env | {
-        "MDLTOOL_SLURM_PORT": str(port),
-        "MDLTOOL_SLURM_REQUEUE_WAIT": "8",
-        "MDLTOOL_HOME": str(ROOT),
-        "MDLTOOL_CPUS": "1",
-        "MDLTOOL_WORKERS": "0",
-        "OMP_NUM_THREADS": "1",
-    }
-
-
-def local_cluster(verb: str, folder: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    words = [str(SCRIPTS / "local_cluster"), verb, str(folder)]
-    return subprocess.run(words, env=env, capture_output=True, text=True, timeout=120)
 
 
 def pid_of(folder: Path, daemon: str) -> int | None:
@@ -201,13 +147,6 @@ def submit(cluster: Cluster, tmp_path: Path) -> Callable[..., str]:
     return submit_program
 
 
-def wait_for_text(path: Path, text: str, count: int = 1) -> None:
-    end = time.monotonic() + 60
-    while not path.exists() or path.read_text().count(text) < count:
-        assert time.monotonic() < end, f"no {text!r} in {path.read_text() if path.exists() else path}"
-        time.sleep(0.1)
-
-
 def test_every_task_is_a_rank_and_a_stopped_job_resumes_so_often(
     cluster: Cluster, submit: Callable[..., str], tmp_path: Path
 ) -> None:
@@ -263,26 +202,8 @@ def test_after_a_failure_nothing_is_requeued_and_dependents_go(
 
 def pipeline(work: Path, env: dict[str, str], *words: object) -> subprocess.CompletedProcess[str]:
     """pipeline.sh for the two tiny domains."""
-    sets = (
-        *TINY,
-        f"train.steps.0.updates={UPDATES}",
-        "train.checkpoint_every=1000",
-        "val.every=1000",
-        "data.batch=2",
-    )
-    return subprocess.run(
-        [str(SCRIPTS / "pipeline.sh"), *map(str, words), "--", *(w for key in sets for w in ("--set", key))],
-        env=env | {"MDLTOOL_WORK": str(work)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
-def submitted(ran: subprocess.CompletedProcess[str]) -> dict[str, str]:
-    """stage -> job number"""
-    assert ran.returncode == 0, ran.stderr
-    return {stage: job for job, stage in (line.split() for line in ran.stdout.splitlines())}
+    more = (f"train.steps.0.updates={UPDATES}", "train.checkpoint_every=1000", "val.every=1000", "data.batch=2")
+    return submit_chain(work, env, (*TINY, *more), *words)
 
 
 def test_pipeline_without_its_inputs_submits_nothing(world: World, tmp_path: Path) -> None:
@@ -361,23 +282,23 @@ REQUEUE = ("scontrol", "requeue")  # from outside: SIGTERM, and SIGKILL after a 
 def test_preempted_pipeline_ends_in_the_digest_of_the_undisturbed_one(
     stops: tuple[tuple[str, str], ...], cluster: Cluster, world: World, tmp_path: Path
 ) -> None:
-    """One domain sharded by arrays, the other's shards there already; training and eval on two tasks."""
+    """Training and eval on two tasks."""
     calm, stopped = tmp_path / "calm", tmp_path / "stopped"
-    env = cluster.env | {"MDLTOOL_TASKS": "2", "MDLTOOL_PARTS": "2", "MDLTOOL_EVAL": "--views 1x1"}
+    env = cluster.env | {"MDLTOOL_TASKS": "2", "MDLTOOL_EVAL": "--views 1x1"}
     small = " ".join(f"--set {key.replace(' ', '')}" for key in (*TINY, "train.steps.0.updates=1"))
     pretrain = {"MDLTOOL_PRETRAIN": "chalk", "MDLTOOL_PRETRAIN_OPTIONS": small}
     recipe = world.work / "two.yaml"
-    sources = [f"chalk-{split}={world.videos}/chalk/{split} --format folder" for split in ("train", "val")]
-    (calm / "shards").mkdir(parents=True)
-    for split in ("train", "val"):
-        (calm / "shards" / f"neon-{split}").symlink_to(world.shards("neon", split))
-    first = submitted(pipeline(calm, env | pretrain, recipe, *sources))
+    calm.mkdir()
+    (calm / "shards").symlink_to(world.work / "shards")
+    first = submitted(pipeline(calm, env | pretrain, recipe))
+    cluster.run("scancel", first["report"])  # of no use here
     cluster.wait(first["pretrain"], "COMPLETED")
     stopped.mkdir()
     for folder in ("shards", "backbone"):
         (stopped / folder).symlink_to(calm / folder)
     second = submitted(pipeline(stopped, env, recipe))
     assert list(second) == ["train", "eval", "report"]
+    cluster.run("scancel", second["report"])
     log = stopped / "slurm" / f"train-{second['train']}.log"
 
     done = [0]
@@ -410,6 +331,66 @@ def test_preempted_pipeline_ends_in_the_digest_of_the_undisturbed_one(
         metrics = json.loads((work / "eval" / "two" / "metrics.json").read_text())
         assert metrics["model_digest"] == digests[0]
         assert [d["clips"]["evaluated"] for d in metrics["domains"].values()] == [8, 8]
-    cluster.wait(first["report"], "COMPLETED")
-    assert (calm / "report" / "two" / "report.html").is_file()
-    cluster.run("scancel", second["report"])
+
+
+@pytest.fixture
+def kitchen(test_data: Path, tmp_path: Path) -> dict[str, epic_videos.Rows]:
+    """The real rows of `train` and `val` of a few EPIC-Kitchens videos, in tmp_path/lists and tmp_path/videos."""
+    pytest.importorskip("cv2", reason="the extra 'flow' (OpenCV) is not installed")
+    return epic_videos.write_kitchen(tmp_path, test_data / "annotations" / "epic_kitchens_100")
+
+
+def test_epic_kitchens_from_its_rows_to_a_compressed_model_that_hears(
+    cluster: Cluster, kitchen: dict[str, epic_videos.Rows], mdltool: Callable[..., Ran], tmp_path: Path
+) -> None:
+    """Training shards by an array, train with flow, compress, add sound; 10x3 views of each model, and a report."""
+    work = tmp_path / "artifacts"
+    how = f"{tmp_path / 'videos'} --format epic_kitchens --annotations {tmp_path / 'lists'}"
+    how += " --modality flow --set flow.method=dis --modality audio"
+    ran = mdltool("shard", *how.split(), "--domain", "ek100", "--split", "val", "--work", work)
+    assert ran.code == 0, ran.err
+    later = "--set train.steps.0.epochs=1 --set train.steps.0.schedule.warmup=0"
+    chain = {
+        "MDLTOOL_NAME": "ek100",
+        "MDLTOOL_PARTS": "2",
+        "MDLTOOL_EVAL": "--views 10x3",
+        "MDLTOOL_COMPRESS": "--rank 0.5",
+        "MDLTOOL_MODALITY": f"--modality audio {later}",
+    }
+    sets = (*epic_videos.SMALL, "domains.ek100.streams=[flow]")
+    source = f"ek100-train={how} --shard-size 200KB"
+    jobs = submitted(submit_chain(work, cluster.env | chain, sets, "cm3t_ek100", source))
+    further = ("compress", "eval-compressed", "add-modality", "eval-extended")
+    assert list(jobs) == ["shard-ek100-train", "merge-ek100-train", "train", "eval", *further, "report"]
+    for job in jobs.values():
+        cluster.wait(job, "COMPLETED")
+    for stage, job in jobs.items():
+        assert cluster.states(job) == ["COMPLETED"] * (2 if stage.startswith("shard") else 1)
+
+    for split, rows in kitchen.items():
+        shards = open_artifact(work / "shards" / f"ek100-{split}", "shards").load_json("index.json")
+        keys = {member["key"] for shard in shards["shards"] for member in shard["members"]}
+        assert keys == {row["narration_id"] for row in rows}
+        assert {name: info["clips"] for name, info in shards["streams"].items()} == dict.fromkeys(
+            ("flow", "audio"), len(rows)
+        )
+        assert len(shards["shards"]) >= (2 if split == "train" else 1), "each task of the array had some"
+    before = {open_artifact(work / "shards" / f"ek100-{split}").digest for split in kitchen}
+    scored = set()
+    for name, heard in (("", ["flow"]), ("-compressed", ["flow"]), ("-compressed-extended", ["flow", "audio"])):
+        model = open_artifact(work / "model" / f"ek100{name}", "model")
+        assert model.verify() == []
+        assert before <= {entry.digest for entry in model.inputs}
+        evaluated = open_artifact(work / "eval" / f"ek100{name}", "eval")
+        assert model.digest in {entry.digest for entry in evaluated.inputs}
+        metrics = evaluated.load_json("metrics.json")
+        domain = metrics["domains"]["ek100"]
+        assert (metrics["model_digest"], metrics["views"]) == (model.digest, "10x3")
+        assert domain["clips"]["evaluated"] == len(kitchen["val"])
+        assert list(domain["streams"]) == heard
+        assert {"verb_top1", "noun_top1", "action_top1"} <= domain["metrics"].keys()
+        before = {model.digest}
+        scored.add(evaluated.digest)
+    report = open_artifact(work / "report" / "ek100", "report")
+    assert scored == {entry.digest for entry in report.inputs}
+    assert report.file("report.html").is_file()

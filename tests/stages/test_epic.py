@@ -18,18 +18,10 @@ from mdltool.artifact import Artifact, open_artifact
 from mdltool.data.index import ShardIndex
 from mdltool.model_store import read_tensors
 from tests import epic_videos
-from tests.conftest import TINY, Ran
+from tests.conftest import Ran
 
 pytest.importorskip("cv2", reason="the extra 'flow' (OpenCV) is not installed")
 KINDS = ("audio", "flow")
-# What the recipe asks of a GPU and of EPIC's 67,000 clips, in small; all else is the recipe's own.
-SETS = (
-    *TINY[1:],
-    "backbone.name=swin3d_tiny",
-    "backbone.weights=scratch",
-    *(f"train.steps.{step}.{key}" for step in (0, 1) for key in ("epochs=1", "schedule.warmup=0")),
-    "data.batch=8",
-)
 
 
 class Piped:
@@ -43,7 +35,7 @@ class Piped:
             where = ("--domain", "ek100", "--split", split, "--work", self.work)
             ran = mdltool("shard", *source, *streams, "--set", "flow.method=dis", *where)
             assert ran.code == 0, ran.err
-        sets = " ".join(f"--set '{key}'" for key in SETS)
+        sets = " ".join(f"--set '{key}'" for key in epic_videos.SMALL)
         pipe = f"""set -o pipefail
             mdltool() {{ "{sys.executable}" -m mdltool "$@"; }}
             mdltool train --recipe cm3t_ek100 {sets} --workers 0 |
