@@ -25,7 +25,7 @@ _READY = "ready"
 _QUEUED = 4  # tasks that lie ready at each worker, so that none waits while this process writes
 _AHEAD = 8  # finished or begun tasks per worker beyond the one that is asked for
 _ATTEMPTS = 2  # a worker may also fall to the memory another one used
-_OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT)
+OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -209,6 +209,6 @@ def _answer(function: Callable[[Any], Any], task: Any) -> Any:
         return error
     except Exception as error:
         code = getattr(error, "errno", None)
-        if code in _OUT_OF_SPACE:  # FFmpeg's own exceptions cannot be pickled
+        if code in OUT_OF_SPACE:  # FFmpeg's own exceptions cannot be pickled
             return OSError(code, os.strerror(code), getattr(error, "filename", None))
         return Failed(f"{type(error).__name__}: {error}")

@@ -5,6 +5,7 @@ Shape suffixes: M clips, P participants, N outputs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -22,12 +23,12 @@ def of_subsets(
     labels_M: Tensor,
     wrong_M: Tensor,
 ) -> dict[str, dict[str, float]]:
-    """Subset -> the task's metrics over its clips, and how many there are. keys: of the M clips."""
+    """Subset -> the task's metrics over its clips, NaN without any, and how many those are. keys: of M clips."""
     found = {}
     for name, members in subsets.items():
         rows = torch.tensor([row for row, key in enumerate(keys) if key in members], dtype=torch.long)
         metrics = task.metrics(scores_MN[rows], labels_M[rows], wrong_M[rows])
-        found[name] = {"clips": len(rows), **metrics}
+        found[name] = {"clips": len(rows), **(metrics if len(rows) else dict.fromkeys(metrics, math.nan))}
     return found
 
 

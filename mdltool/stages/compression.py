@@ -34,6 +34,7 @@ from mdltool.overrides import apply_override
 from mdltool.schema import Recipe
 from mdltool.stages.continuing import finetuning
 from mdltool.stages.fitting import DomainData, Scope, announced_parts, check_domain, fit, sort_shards, wanted
+from mdltool.stages.sources import check_sources
 from mdltool.train.checkpoint import save_tensors
 from mdltool.train.distributed import join_world
 from mdltool.train.plan import Progress
@@ -107,9 +108,11 @@ def training_of(
 
     domains: what model.json says of them. Raises MdlError for shards that are not the model's.
     """
-    for artifact in finetune.shards:
-        check_domain(artifact, ShardIndex.open(artifact), domains)
     before = Recipe.model_validate(stored)
+    for artifact in finetune.shards:
+        index = ShardIndex.open(artifact)
+        check_domain(artifact, index, domains)
+        check_sources(before, index)
     whole = sort_shards(before, finetune.shards)
     clips = {name: len(wanted(before, part.train_index)) for name, part in whole.items()}
     recipe = finetuning(stored, finetune.updates, clips, finetune.overrides, source)

@@ -26,6 +26,7 @@ from mdltool.model_store import load_model
 from mdltool.schema import Recipe
 from mdltool.stages.fitting import check_domain
 from mdltool.stages.plan import eval_views, grid_of, modalities
+from mdltool.stages.sources import check_sources
 from mdltool.tasks import task_of
 from mdltool.train.distributed import World, gather_objects, join_world
 from mdltool.train.together import begin_together, open_together
@@ -67,6 +68,8 @@ def run(
     if decathlon is not None:  # an eval without it keeps the request that it always had
         request["decathlon"] = asdict(decathlon)
     _check_without(recipe, indices, without)
+    for _, index in indices.values():
+        check_sources(recipe, index, without)
     if without:
         request["without"] = sorted(without)
     inputs = [model_artifact.as_input("model")] + [a.as_input("data") for a, _ in indices.values()]

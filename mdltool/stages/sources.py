@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from mdltool.data.features import DEFAULTS, EXTRACTORS
 from mdltool.data.index import ShardIndex
@@ -42,7 +42,28 @@ def source_of(part: StreamPart) -> StreamInfo:
     return StreamInfo(part.kind, part.input or part.width, extractor, part.extractor_options, version, 0)
 
 
+def check_sources(recipe: Recipe, index: ShardIndex, without: Collection[str] = ()) -> None:
+    """Raise MdlError where shards hold other tokens than a finished model has learned to read.
+
+    without: streams or kinds that are not read. What shards lack altogether is not looked at.
+    """
+    for name in modalities(recipe, index.domain, without):
+        if name in index.streams:
+            _check_same(name, recipe.streams[name], index)
+
+
 def _agreed(name: str, part: StreamPart, index: ShardIndex) -> StreamPart:
+    _check_same(name, part, index)
+    info = index.streams[name]
+    given = part.extractor_options or dict(info.options)
+    options = {**info.options, **given}
+    return part.model_copy(
+        update={"extractor": info.extractor, "extractor_options": options, "extractor_version": info.version}
+    )
+
+
+def _check_same(name: str, part: StreamPart, index: ShardIndex) -> None:
+    """Raise MdlError where a stream of the shards was made in another way than the recipe says."""
     info = index.streams[name]
     whose = f"{index.domain}/{index.split}"
     wanted = {"kind": part.kind, "extractor": part.extractor, "version": part.extractor_version}
@@ -56,8 +77,3 @@ def _agreed(name: str, part: StreamPart, index: ShardIndex) -> StreamPart:
                 index.folder,
                 f"shard all splits and domains with the same --set {name}.... options",
             )
-    given = part.extractor_options or dict(info.options)
-    options = {**info.options, **given}
-    return part.model_copy(
-        update={"extractor": info.extractor, "extractor_options": options, "extractor_version": info.version}
-    )

@@ -25,6 +25,7 @@ from mdltool.model_store import load_model
 from mdltool.schema import Recipe
 from mdltool.stages.compression import Amount, Svd, choose, read_model_tensors, rows, totals
 from mdltool.stages.fitting import check_domain, score_split
+from mdltool.stages.sources import check_sources
 from mdltool.tasks import TASKS
 from mdltool.train.distributed import join_world
 
@@ -49,6 +50,7 @@ def check_sweep(sweep: Sweep, content: Mapping[str, Any], amount: Amount) -> dic
         if index.split == "train":
             continue
         check_domain(artifact, index, content["domains"])
+        check_sources(Recipe.model_validate(content["recipe"]), index)
         if index.domain in found:
             raise MdlError(f"two sets of shards for {index.domain}", artifact.path, "give one of them")
         found[index.domain] = (artifact, index)

@@ -20,6 +20,7 @@ from mdltool.data.index import ShardIndex
 from mdltool.model_store import load_model
 from mdltool.schema import Recipe
 from mdltool.stages.fitting import DomainData, check_domain, score_split, sort_shards
+from mdltool.stages.sources import check_sources
 from mdltool.train.distributed import World
 
 
@@ -66,9 +67,11 @@ class Calibration:
 
 def check_whiten(whiten: Whiten, content: Mapping[str, Any], source: Artifact) -> Calibration:
     """Raise MdlError for shards that are not the model's, and a domain without training shards."""
-    for artifact in whiten.shards:
-        check_domain(artifact, ShardIndex.open(artifact), content["domains"])
     recipe = Recipe.model_validate(content["recipe"])
+    for artifact in whiten.shards:
+        index = ShardIndex.open(artifact)
+        check_domain(artifact, index, content["domains"])
+        check_sources(recipe, index)
     return Calibration(recipe, sort_shards(recipe, whiten.shards), whiten)
 
 

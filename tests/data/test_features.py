@@ -54,6 +54,25 @@ class TestLogMel:
         wanted = np.log(mel_spectrogram(wave, 8000, 512, 80, 40, 24) + 1e-6)
         assert np.abs(SMALL.log_mel(sound, len(wave)).numpy() - wanted).max() < 1e-9
 
+    def test_blocks_change_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        sound = noise(0.55)
+        whole = SMALL(sound).tokens_MD
+        monkeypatch.setattr("mdltool.data.features.log_mel._BLOCK", 7)
+        assert np.array_equal(SMALL(sound).tokens_MD, whole)
+
+    @pytest.mark.parametrize(
+        ("extractor", "rate", "what"),
+        [
+            (LogMel(), 44_100, "hop_ms 5 is 220.5 samples at 44100 a second"),
+            (LogMel(patch_hop_s=0.4825, hop_ms=10.0), 24_000, "patch_hop_s 48.25 hops: not whole numbers"),
+            (LogMel(fft=128), 24_000, "a window of 240 samples does not fit into 128 points"),
+        ],
+    )
+    def test_rates_at_which_tokens_would_drift_are_refused(self, extractor: LogMel, rate: int, what: str) -> None:
+        with pytest.raises(MdlError, match=what):
+            extractor.check_rate(rate, "--set audio")
+        LogMel(hop_ms=10.0).check_rate(44_100, "--set audio")
+
     def test_tokens_are_patches_pooled_over_time(self) -> None:
         sound = noise(0.55)
         tokens = SMALL(sound)

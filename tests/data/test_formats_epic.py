@@ -148,6 +148,7 @@ def copied(lists: Path, folder: Path, **changed: str) -> Path:
         ({"stop_timestamp": "00:61:00.00"}, "'00:61:00.00' in column 'stop_timestamp' is no time"),
         ({"verb_class": "97"}, "verb 97 and noun 49 are not among 97 verbs and 300 nouns"),
         ({"noun_class": "plate"}, "are no numbers of a verb and a noun"),
+        ({"narration_id": "../P01.11/2"}, "'../P01.11/2' is no narration_id"),
         ({"narration_id": "P01_11_0"}, "two clips have the key 'P01_11_0'"),
     ],
 )
@@ -186,6 +187,22 @@ def test_rows_without_length_and_beyond_the_video(lists: Path, tmp_path: Path) -
     assert [clip.key for clip in listing.absent] == [row["narration_id"] for i, row in enumerate(rows) if i != 2]
     assert listing.absent[2].end_s == end_s
     assert {"left out: 1 segments without length", "cut: 1 segments end after their video"} <= set(listing.notes)
+
+
+def test_unknown_lengths_of_videos_and_rows_behind_the_end(lists: Path, tmp_path: Path) -> None:
+    folder = copied(lists, tmp_path)
+    rows = rows_of(folder / FILES[0])
+    starts_s, ends_s = ([milliseconds(row[f"{at}_timestamp"]) / 1000 for row in rows] for at in ("start", "stop"))
+    info = folder / "EPIC_100_video_info.csv"
+    info.write_text("video_id,duration,fps,resolution\nP01_11,,50,1x1\n")
+    assert [clip.end_s for clip in read("epic_kitchens", tmp_path, folder, "val").absent] == ends_s
+    end_s = ends_s[0] - 0.01
+    info.write_text(f"video_id,duration,fps,resolution\nP01_11,{end_s},50,1x1\n")
+    found = read("epic_kitchens", tmp_path, folder, "val")
+    begun = sum(start_s < end_s for start_s in starts_s)
+    assert [clip.end_s for clip in found.absent] == [end_s] * begun
+    assert f"left out: {len(rows) - begun} segments without length" in found.notes
+    assert f"cut: {begun} segments end after their video" in found.notes
 
 
 def test_shards_of_generated_videos(lists: Path, tmp_path: Path, mdltool: Callable[..., Ran]) -> None:

@@ -73,7 +73,13 @@ def test_why_a_clip_has_none(tmp_path: Path) -> None:
         ("t.csv", "from,to,text\n", "no column 'start' .it has: from, to, text"),
         ("t.csv", "start,end,text\n0,soon,hi\n", "'soon' in 'end' is no time"),
         ("t.csv", "start,end,text\n4,2,hi\n", "ends at 2 s, before it starts"),
+        ("t.csv", "start,end,text\n0,1,well, yes\n", "the row has 4 cells, the first line 3"),
+        ("t.csv", "start,end,text\n0,5,1,5,hi\n", "the row has 5 cells"),
+        ("t.csv", "start,end,text,video\n0,1,hi\n", "the row has 3 cells, the first line 4"),
+        ("t.csv", 'start,end,text\n0,1,"never closed\n2,3,lost\n', "is not CSV .unexpected end"),
+        ("t.csv", f'start,end,text\n0,1,"{"x" * 140_000}"\n', "is not CSV .field larger"),
         ("t.json", "{", "is not JSON"),
+        ("t.json", "[" * 100_000, "is not JSON"),
         ("t.json", '{"language": "en"}', "no list of utterances"),
         ("t.json", "[3]", "this is no utterance"),
         ("t.srt", "1\n--> 00:00:01,000\nhi\n", "no times"),
@@ -85,6 +91,34 @@ def test_faults_name_the_place(name: str, content: str, what: str, tmp_path: Pat
     with pytest.raises(MdlError, match=what) as told:
         read(path)
     assert name in str(told.value.where)
+
+
+def test_lines_inside_a_cell(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text('start,end,text\n0,1,"hello\nworld"\n2,3,a\u2028b\n\n4,5,ok\n', "utf-8")
+    assert [u.text for u in read(path)] == ["hello world", "a b", "ok"]
+
+
+def test_cues_without_a_blank_line_between_them_and_signs_that_are_no_tags(tmp_path: Path) -> None:
+    path = tmp_path / "t.srt"
+    path.write_text(
+        "1\n00:00:01,000 --> 00:00:02,000\n<i>hello</i>\n42 of them\n2\n00:00:03,000 --> 00:00:04,000\n"
+        "a < b and I <3 you > me\n00:00:05,000 --> 00:00:06,000\n\n"
+        "4\n00:00:07,000 --> 00:00:08,000\n<00:07.500>late\n"
+    )
+    assert [(u.start_s, u.text) for u in read(path)] == [
+        (1.0, "hello 42 of them"),
+        (3.0, "a < b and I <3 you > me"),
+        (7.0, "late"),
+    ]
+
+
+def test_names_of_videos_may_have_dots(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("start,end,text,video\n0,1,a,talk.v12\n0,1,b,talk.v13\n0,1,c,talk.v14.MP4\n")
+    for name, text in (("talk.v12", "a"), ("talk.v13", "b"), ("talk.v14", "c")):
+        said = read_text(part(0.0, 2.0), path, (name,), TextOptions())
+        assert [u.text for u in said] == [text]
 
 
 def test_not_utf8(tmp_path: Path) -> None:

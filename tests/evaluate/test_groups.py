@@ -43,6 +43,12 @@ def test_subsets_are_scored_for_themselves() -> None:
     assert tail["action_top1"] == 1.0, "in k1 take is before put, but take cup (0.08) is behind put pan (0.18)"
 
 
+def test_a_subset_without_clips_has_no_scores() -> None:
+    index = index_of([[0, 0]], subsets={"unseen": ["k9"]}, **PAIRED)
+    entry, _ = domain_report(found([[0.9, 0.1, 0.8, 0.2]]), task_of(index.space), index, True)
+    assert entry["subsets"]["unseen"] == {"clips": 0, **dict.fromkeys(entry["metrics"])}
+
+
 def test_a_participant_is_the_median_over_windows() -> None:
     rng = np.random.default_rng(0)
     true = np.repeat(rng.normal(size=(3, 5)), (4, 3, 2), axis=0)

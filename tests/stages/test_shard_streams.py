@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 from collections.abc import Callable
@@ -18,14 +19,17 @@ from mdltool.artifact import Artifact
 from mdltool.data import shard_builder
 from mdltool.data.encode import Encoding, Job
 from mdltool.data.index import ShardIndex
+from mdltool.data.modalities import Part
 from mdltool.data.modalities.asked import asked
-from mdltool.data.modalities.clip import prepare_with_streams
+from mdltool.data.modalities.clip import prepare_with_streams, stored_stream
 from mdltool.data.modalities.plan import Streams
+from mdltool.data.modalities.sides import Sides
 from mdltool.data.modalities.video import streams_of_video
 from mdltool.errors import MdlError
 from mdltool.stages.shard import Dataset, Effort, Writing, merge, outlook, run
 from mdltool.types import Clip
 from tests.conftest import Ran
+from tests.data.test_formats import touch
 from tests.data.tiny_sound import RATE, make_video, tone
 from tests.stages.class_folders import contents
 
@@ -152,6 +156,26 @@ class TestOfAVideo:
         _, _, stored = index.clip_and_streams(index.keys.index("wave/clip_0"), {"text": 512})
         assert np.array_equal(found["text"].tokens_MD, stored["text"][:1])
         assert found["audio"].missing == "the video has no audio track"
+
+    def test_predict_reads_the_transcript_that_shard_reads(
+        self, made: Artifact, videos: Path, tmp_path: Path
+    ) -> None:
+        """Subtitles alone, whatever else has the video's name; one file of all videos by its paths."""
+        text = {"text": ShardIndex.open(made).streams["text"]}
+        here = tmp_path / "wave"
+        here.mkdir()
+        video = here / "v.mkv"
+        video.write_bytes((videos / "wave/clip.0.mkv").read_bytes())
+        (here / "v.json").write_text('{"title": "no transcript"}')
+        assert streams_of_video(video, text)["text"].missing == "there is no transcript of this video"
+        (here / "v.SRT").write_text(SRT, "utf-8")
+        assert len(streams_of_video(video, text)["text"].tokens_MD) == 2
+        every = tmp_path / "all.csv"
+        every.write_text("start,end,text,video\n0,1,hi,wave/v.mkv\n")
+        assert len(streams_of_video(video, text, sides={"text": every})["text"].tokens_MD) == 1
+        (here / "v.vtt").write_text("WEBVTT\n")
+        with pytest.raises(MdlError, match="two files may be that of v"):
+            streams_of_video(video, text)
 
     def test_another_version_of_the_extractor_is_refused(self, made: Artifact, videos: Path) -> None:
         info = replace(ShardIndex.open(made).streams["audio"], version="0")
@@ -333,6 +357,37 @@ def test_two_side_files_of_one_name(videos: Path, tmp_path: Path) -> None:
     streams = asked(("audio",), (f"audio={tmp_path / 'side'}",), (), ())
     with pytest.raises(MdlError, match=r"two files may be that of wave/clip\.0"):
         run(dataset(videos), tmp_path / "out", writing(streams))
+
+
+def test_two_side_files_of_one_name_in_one_folder(tmp_path: Path) -> None:
+    """The video itself, in the same folder, is none."""
+    touch(tmp_path, "v.mkv", "v.wav")
+    sides = Sides(tmp_path, "audio", tmp_path, "--side audio")
+    assert sides.of(tmp_path / "v.mkv") == tmp_path / "v.wav"
+    touch(tmp_path, "v.mp3")
+    with pytest.raises(MdlError, match=r"two files may be that of v: .*v\.mp3 and .*v\.wav"):
+        Sides(tmp_path, "audio", tmp_path, "--side audio").of(tmp_path / "v.mkv")
+
+
+@pytest.mark.parametrize("fault", [ValueError("odd"), RecursionError("deep"), OSError(5, "read error", "/secret")])
+def test_a_fault_costs_the_stream_and_not_the_clip(
+    fault: Exception, videos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk and a file that is wrong for every clip stop the run, though."""
+
+    def failing(*_: object) -> None:
+        raise fault
+
+    clip = Clip("k", videos / "wave" / "clip.0.mkv", 0)
+    (audio,) = Streams(BOTH[:1], [clip], videos).of(clip)
+    own = Part(clip.video, 0.0, 1.0, clip.video)
+    monkeypatch.setattr("mdltool.data.modalities.clip.read_raw", failing)
+    found = stored_stream(audio, own)
+    assert (found.tokens, found.members) == (0, {})
+    assert found.missing == f"{type(fault).__name__}: {getattr(fault, 'strerror', None) or fault}"
+    for fault in (OSError(errno.ENOSPC, "full"), MdlError("wrong", None, None)):
+        with pytest.raises(type(fault)):
+            stored_stream(audio, own)
 
 
 def test_a_folder_without_side_files(videos: Path, tmp_path: Path) -> None:

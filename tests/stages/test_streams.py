@@ -8,11 +8,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from mdltool.artifact import open_artifact
+from mdltool.data.index import ShardIndex
+from mdltool.errors import MdlError
+from mdltool.schema import Recipe
+from mdltool.stages import evaluate
+from mdltool.stages.compression import Finetune, training_of
+from mdltool.stages.sources import check_sources
+from mdltool.stages.whitening import Whiten, check_whiten
 from tests.conftest import Ran
+from tests.data.tiny_shards import write_shards
 from tests.data.tiny_sound import make_video, tone
 
 RECIPE = """
@@ -89,6 +99,7 @@ def test_train_eval_and_predict_read_the_same_streams(heard: Heard, tmp_path: Pa
     scored = heard.mdltool("eval", model, "--data", f"d={shards}", "--out", tmp_path / "eval", "--work", heard.work)
     rows = pq.read_table(scored.path / "scores.parquet").to_pylist()
     scores = {row["key"]: [row["score_0"], row["score_1"]] for row in rows}
+    refuses_other_tokens(model, tmp_path)
     videos = {"low/0": heard.videos / "low/0.mkv", "low/4": heard.videos / "low/4.mkv"}
     ran = heard.mdltool("predict", model, *videos.values(), "--json", "--work", heard.work)
     found = [json.loads(line) for line in ran.out.splitlines()]
@@ -109,6 +120,23 @@ def test_train_eval_and_predict_read_the_same_streams(heard: Heard, tmp_path: Pa
     assert again["streams"]["text"]["tokens"] == 1
     assert again["top"] != found[1]["top"], "what is said counts"
     assert "no stream 'flow'" in heard.mdltool("predict", model, videos["low/4"], "--side", f"flow={other}").err
+
+
+def refuses_other_tokens(path: Path, folder: Path) -> None:
+    """Of the same width, but made by something else than those in training."""
+    audio: list[np.ndarray | None] = [np.zeros((2, 64), np.float32)] * 2
+    streams, classes = {"audio": audio}, ("high", "low")
+    other = write_shards(folder / "other", [b"video"] * 2, domain="d", classes=classes, streams=dict(streams))
+    what = "the stream 'audio' of the shards d/train has extractor made_up, where log_mel is wanted"
+    model = open_artifact(path)
+    content = model.load_json("model.json")
+    with pytest.raises(MdlError, match=what):
+        evaluate.run(model, [other], folder / "no")
+    with pytest.raises(MdlError, match=what):
+        training_of(content["recipe"], content["domains"], Finetune(1, [other]), model)
+    with pytest.raises(MdlError, match=what):
+        check_whiten(Whiten([other]), content, model)
+    check_sources(Recipe.model_validate(content["recipe"]), ShardIndex.open(other), ["audio"])
 
 
 def test_shards_without_what_training_asks_for(heard: Heard, tmp_path: Path) -> None:

@@ -38,6 +38,14 @@ class Extractor(Protocol):
     def __call__(self, raw: Any) -> Tokens: ...
 
 
+class SoundExtractor(Extractor, Protocol):
+    """One of sound, whose options are times."""
+
+    def check_rate(self, rate: int, where: str) -> None:
+        """Raises MdlError for samples a second at which these times cannot be kept."""
+        ...
+
+
 EXTRACTORS = Table(
     "feature extractor",
     {

@@ -1,8 +1,8 @@
 """Log-mel patches of sound, with torch alone (spec cm3t 5.3).
 
 The spectrogram is torchaudio's MelSpectrogram with its defaults (periodic Hann window, power 2, HTK mel scale,
-filters that are not normalised, centred frames) but for `pad_mode="constant"`, which also takes sound shorter than
-a window. A patch becomes one token: its frames averaged over `bins` equal parts of its time.
+filters that are not normalised, centred frames) but for silence around the sound, which may be shorter than a
+window. A patch becomes one token: its frames averaged over `bins` equal parts of its time.
 
 Axes: N samples, F frequencies, L bands, T frames, M patches, D = L * bins.
 """
@@ -10,6 +10,7 @@ Axes: N samples, F frequencies, L bands, T frames, M patches, D = L * bins.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,6 +21,7 @@ from mdltool.data.features import Tokens
 from mdltool.data.modalities import Sound
 from mdltool.errors import MdlError
 
+_BLOCK = 2048  # frames whose spectra are in memory together
 _FLOOR = 1e-6  # of the power, before the logarithm
 
 
@@ -52,6 +54,19 @@ class LogMel:
                 f"{frames} frames of a patch do not divide into {self.bins} bins", f"{where}.bins", "e.g. 8"
             )
 
+    def check_rate(self, rate: int, where: str) -> None:
+        """Raises MdlError for a rate at which frames or patches do not lie on whole samples: they would drift."""
+        window, hop = (ms * rate / 1000 for ms in (self.window_ms, self.hop_ms))
+        if round(window) > self.fft:
+            what = f"a window of {round(window)} samples does not fit into {self.fft} points"
+            raise MdlError(what, f"{where}.fft", "a larger power of 2")
+        hops = self.patch_hop_s * 1000 / self.hop_ms
+        if round(window) < 1 or not all(math.isclose(n, round(n), rel_tol=1e-9) for n in (hop, hops)):
+            what = f"hop_ms {self.hop_ms:g} is {hop:g} samples at {rate} a second, and patch_hop_s {hops:g} hops"
+            raise MdlError(
+                f"{what}: not whole numbers", f"{where}.hop_ms", f"e.g. {where}.rate=24000, or hop_ms=10"
+            )
+
     def __call__(self, sound: Sound) -> Tokens:
         """At least one token; the last ones reach beyond the sound, which is silence there."""
         length = sound.duration_s
@@ -67,30 +82,32 @@ class LogMel:
     def log_mel(self, sound: Sound, samples: int) -> torch.Tensor:
         """float64 [L, T] of the first `samples` samples, silence where there are fewer.
 
-        In float64, so that another FFT library or processor gives the same float16 tokens.
+        In float64, so that another FFT library or processor gives the same float16 tokens; in blocks of frames, or
+        a minute's spectra would take 250 MB.
         """
         window, hop = (round(ms * sound.rate / 1000) for ms in (self.window_ms, self.hop_ms))
-        if window > self.fft:
-            raise MdlError(
-                f"a window of {window} samples does not fit into {self.fft} points", "fft", "a larger power of 2"
-            )
-        given = torch.from_numpy(sound.samples_N[:samples].astype(np.float64)) / 32768
-        wave_N = torch.nn.functional.pad(given, (0, samples - len(given)))
-        spectrum_FT = torch.stft(
-            wave_N,
-            self.fft,
-            hop,
-            window,
-            torch.hann_window(window, dtype=torch.float64),
-            center=True,
-            pad_mode="constant",
-            return_complex=True,
-        )
-        power_FT = spectrum_FT.real**2 + spectrum_FT.imag**2
-        return (mel_filters(self.bands, self.fft, sound.rate) @ power_FT + _FLOOR).log()
+        filters_LF = mel_filters(self.bands, self.fft, sound.rate)
+        mel_LT = torch.empty(self.bands, samples // hop + 1, dtype=torch.float64)
+        for first in range(0, mel_LT.shape[1], _BLOCK):
+            block_LT = mel_LT[:, first : first + _BLOCK]
+            begin = first * hop - self.fft // 2  # frames are centred on their time
+            wave_N = _wave(sound, begin, begin + (block_LT.shape[1] - 1) * hop + self.fft, samples)
+            hann = torch.hann_window(window, dtype=torch.float64)
+            spectrum_FT = torch.stft(wave_N, self.fft, hop, window, hann, center=False, return_complex=True)
+            power_FT = spectrum_FT.real**2 + spectrum_FT.imag**2
+            block_LT.copy_((filters_LF @ power_FT + _FLOOR).log())
+        return mel_LT
 
     def _frames(self, seconds: float) -> int:
         return round(seconds * 1000 / self.hop_ms)
+
+
+def _wave(sound: Sound, begin: int, end: int, samples: int) -> torch.Tensor:
+    """float64 [end - begin], from -1 to 1, of the sound's first `samples`; silence around them."""
+    own_N = sound.samples_N[max(0, begin) : max(0, min(end, samples))]
+    wave_N = torch.from_numpy(own_N.astype(np.float64)) / 32768
+    before = max(0, -begin)
+    return torch.nn.functional.pad(wave_N, (before, end - begin - before - len(wave_N)))
 
 
 @functools.lru_cache(maxsize=4)

@@ -12,7 +12,6 @@ from mdltool.data.formats.common import (
     choose_video,
     finished,
     in_order,
-    key_of,
     same_split,
     source_folder,
     videos_by_stem,
@@ -38,6 +37,7 @@ _COLUMNS = (
     "noun_class",
 )
 _HINT = "use EPIC_100_train.csv or EPIC_100_validation.csv: EPIC-Kitchens-55 has other columns, test no labels"
+_ID = re.compile(r"[A-Za-z0-9_-]+")
 _TIME = re.compile(r"(\d+):([0-5]\d):([0-5]\d(?:\.\d+)?)")
 
 
@@ -120,7 +120,7 @@ def _read(
     found = [_segment(row, (len(verbs), len(nouns))) for row in rows]
     cut = [replace(s, stop_s=min(s.stop_s, durations.get(s.video, s.stop_s))) for s in found]
     own = tuple(s for s in cut if s.stop_s > s.start_s)
-    clamped = sum(a.stop_s != b.stop_s for a, b in zip(found, cut, strict=True))
+    clamped = sum(b.start_s < b.stop_s < a.stop_s for a, b in zip(found, cut, strict=True))
     lists = [path, *(p for name in _LISTS.values() if (p := path.parent / name).is_file() and p != path)]
     pairs = {s.pair for s in found} | {pair for other in lists[1:] for pair in _pairs(other)}
     _check_pairs(pairs, (len(verbs), len(nouns)), path)
@@ -154,11 +154,11 @@ def _class_list(folder: Path, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _durations(path: Path) -> dict[str, float]:
-    """Video -> its length in seconds, as far as the published file is there."""
+    """Video -> its length in seconds, as far as the published file is there and says it."""
     if not path.is_file():
         return {}
     rows = read_rows(path, ("video_id", "duration"), "restore the published file")
-    return {row["video_id"]: row.seconds("duration") or 0.0 for row in rows}
+    return {row["video_id"]: length for row in rows if (length := row.seconds("duration"))}
 
 
 def _segment(row: Row, sizes: tuple[int, int]) -> _Segment:
@@ -167,8 +167,9 @@ def _segment(row: Row, sizes: tuple[int, int]) -> _Segment:
         what = f"verb {verb} and noun {noun} are not among {sizes[0]} verbs and {sizes[1]} nouns"
         raise MdlError(what, row.where, "take lists and class files of one release")
     start_s, stop_s = _seconds(row, "start_timestamp"), _seconds(row, "stop_timestamp")
-    key = key_of(row["narration_id"])
-    return _Segment(key, row["participant_id"], row["video_id"], start_s, stop_s, (verb, noun))
+    if not _ID.fullmatch(row["narration_id"]):
+        raise MdlError(f"'{row['narration_id']}' is no narration_id", row.where, "e.g. P01_11_0: restore the file")
+    return _Segment(row["narration_id"], row["participant_id"], row["video_id"], start_s, stop_s, (verb, noun))
 
 
 def _pair(row: Row) -> tuple[int, int]:

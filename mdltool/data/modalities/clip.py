@@ -21,6 +21,7 @@ from mdltool.data.modalities.plan import FILES, ClipStream, StreamPlan, load_fea
 from mdltool.data.modalities.sound import encode_sound, read_sound
 from mdltool.data.modalities.transcripts import encode_text, read_text
 from mdltool.data.video import VideoError
+from mdltool.data.workers import OUT_OF_SPACE
 from mdltool.errors import MdlError
 from mdltool.types import Clip
 
@@ -77,13 +78,22 @@ def stored_stream(stream: ClipStream, part: Part) -> StoredStream:
     """A clip's stream, or the reason why it has none. Raises MdlError for files that are wrong for every clip."""
     name = stream.plan.name
     try:
-        if stream.plan.info.extractor == FILES:
-            return _from_files(stream, part)
-        raw = read_raw(stream.plan, part, stream.source, stream.names)
-        assert stream.plan.extractor is not None
-        tokens = extract(stream.plan.extractor, raw)
+        return _from_files(stream, part) if stream.plan.info.extractor == FILES else _extracted(stream, part)
     except (Absent, VideoError) as fault:
-        return StoredStream(name, {}, None, None, 0, fault.reason)
+        reason = fault.reason
+    except (MdlError, MemoryError):
+        raise
+    except Exception as fault:  # of a decoder or an extractor: it costs the stream, not the clip
+        if getattr(fault, "errno", None) in OUT_OF_SPACE:
+            raise
+        reason = f"{type(fault).__name__}: {getattr(fault, 'strerror', None) or fault}"
+    return StoredStream(name, {}, None, None, 0, reason)
+
+
+def _extracted(stream: ClipStream, part: Part) -> StoredStream:
+    raw = read_raw(stream.plan, part, stream.source, stream.names)
+    assert stream.plan.extractor is not None
+    name, tokens = stream.plan.name, extract(stream.plan.extractor, raw)
     about = {"source": _source(stream, part), "version": stream.plan.info.version}
     if isinstance(raw, Sound):
         store = stream.plan.raw.store

@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from mdltool.data.features import DEFAULTS, Extractor, make_extractor, with_options
+from mdltool.data.features import DEFAULTS, Extractor, SoundExtractor, make_extractor, with_options
 from mdltool.data.formats.common import relative_name
 from mdltool.data.modalities.asked import Asked
 from mdltool.data.modalities.flow import FlowOptions, resolved
@@ -110,7 +110,9 @@ class Streams:
             return dataclasses.replace(plan, info=dataclasses.replace(plan.info, width=width))
         plan = extracted(entry)
         plan = dataclasses.replace(plan, side=True) if self._listed[entry.name] else plan
-        if not (plan.side and entry.kind == "audio"):  # flow says it by its method, text comes from nothing else
+        # Flow says it by its method; a transcript of --side may as well lie beside the video.
+        named = self._listed[entry.name] is not None
+        if not (plan.side if entry.kind == "audio" else named):
             return plan
         info = dataclasses.replace(plan.info, options={**plan.info.options, "side": True})
         return dataclasses.replace(plan, info=info)
@@ -198,6 +200,8 @@ def extracted(entry: Asked) -> StreamPlan:
         )
     options = {key: value for key, value in settings.items() if key in fields}
     extractor = make_extractor(name, entry.kind, options, where)
+    if entry.kind == "audio":
+        cast(SoundExtractor, extractor).check_rate(raw.rate, where)
     method, weights = "", ""
     if entry.kind == "flow":
         method, weights = ("frames", "") if entry.side is not None else resolved(raw, entry.name)

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from mdltool.data.formats.common import relative_name
-from mdltool.data.modalities.transcripts import TRANSCRIPTS
+from mdltool.data.modalities.transcripts import SUBTITLES, TRANSCRIPTS
 from mdltool.errors import MdlError
 from mdltool.files import digest_of
 
@@ -17,7 +17,7 @@ _SUFFIXES = {
     "audio": _SOUNDS | _CONTAINERS,
     "flow": frozenset((".tar",)),
     "text": TRANSCRIPTS,
-    "subtitles": frozenset((".srt", ".vtt")),
+    "subtitles": SUBTITLES,
     "features": frozenset((".npy",)),
 }
 
@@ -34,11 +34,12 @@ class Sides:
         self._one = None if path.is_dir() else path
         if self._one is not None and (kind != "text" or path.suffix.lower() not in TRANSCRIPTS):
             raise MdlError(f"this is a file, not a folder of {kind} files", path, f"check {option}")
-        self._by_path: dict[str, Path] = {}
+        self._by_path: dict[str, list[Path]] = {}
         self._by_name: dict[str, list[Path]] = {}
         for file in _walk(path, _SUFFIXES[kind], kind == "flow") if self._one is None else ():
             name = file.relative_to(path)
-            self._by_path[(name if file.is_dir() else name.with_suffix("")).as_posix()] = file
+            path_of = (name if file.is_dir() else name.with_suffix("")).as_posix()
+            self._by_path.setdefault(path_of, []).append(file)
             self._by_name.setdefault(file.name if file.is_dir() else file.stem, []).append(file)
         if self._one is None and not self._by_path:
             suffixes = ", ".join(sorted(_SUFFIXES[kind]))
@@ -46,29 +47,36 @@ class Sides:
             raise MdlError(f"there is {what} in the folder", path, f"check {option}")
 
     def of(self, video: Path, key: str | None = None) -> Path | None:
-        """The file of a video, or of a clip's `key` alone. Raises MdlError where two have its name."""
+        """The file of a video, or of a clip's `key` alone; a video is no side file of its own.
+
+        Raises MdlError where two have its name.
+        """
         if self._one is not None:
             return self._one
         name = (
             key if key is not None else PurePosixPath(relative_name(video, self._source)).with_suffix("").as_posix()
         )
-        if name in self._by_path:
-            return self._by_path[name]
-        found = self._by_name.get(PurePosixPath(name).name, [])
-        if len(found) > 1:
-            raise MdlError(
-                f"two files may be that of {name}: {found[0]} and {found[1]}",
-                self._option,
-                "order them in folders as the videos are",
-            )
-        return found[0] if found else None
+        found = self._by_path.get(name) or self._by_name.get(PurePosixPath(name).name, [])
+        return only_one([file for file in found if file != video], name, self._option)
 
     @property
     def digest(self) -> str:
         """Of the files' names and sizes; a folder's date is not in it, so that a copy gives the same shards."""
-        files = [self._one] if self._one is not None else list(self._by_path.values())
+        own = (file for found in self._by_path.values() for file in found)
+        files = [self._one] if self._one is not None else list(own)
         rows = [[file.relative_to(self._folder).as_posix(), _size(file)] for file in files]
         return digest_of(sorted(rows))
+
+
+def only_one(files: Sequence[Path], name: str, option: str) -> Path | None:
+    """The file of a name, if there is one. Raises MdlError for two."""
+    if len(files) > 1:
+        raise MdlError(
+            f"two files may be that of {name}: {files[0]} and {files[1]}",
+            option,
+            "leave one, or order them in folders as the videos are",
+        )
+    return files[0] if files else None
 
 
 def names_of(video: Path, source: Path) -> Sequence[str]:

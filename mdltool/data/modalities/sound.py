@@ -166,7 +166,9 @@ def _opened(path: Path) -> Iterator[InputContainer]:
     try:
         container = av.open(readable(path), mode="r", metadata_errors="ignore")
     except (av.FFmpegError, OSError, ValueError) as error:
-        raise Absent(f"the sound's file cannot be opened ({error})") from None
+        # Without the path, which the shards' bytes must not depend on.
+        why = getattr(error, "strerror", None) or error
+        raise Absent(f"the sound's file cannot be opened ({why})") from None
     with container:
         yield container
 

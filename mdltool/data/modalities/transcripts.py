@@ -9,21 +9,25 @@ from __future__ import annotations
 import csv
 import functools
 import html
+import io
 import json
 import math
+import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from mdltool.data.formats.common import VIDEO_SUFFIXES
 from mdltool.data.modalities import Absent, Part, Utterance
 from mdltool.errors import MdlError
 
-TRANSCRIPTS = frozenset((".csv", ".json", ".srt", ".vtt"))
+SUBTITLES = frozenset((".srt", ".vtt"))
+TRANSCRIPTS = SUBTITLES | {".csv", ".json"}
 _EVERY_VIDEO = ""
 _ARROW = re.compile(r"^\s*([\d:.,]+)\s*-->\s*([\d:.,]+)")
-_TAG = re.compile(r"<[^>]*>|\{\\[^}]*\}")
+_TAG = re.compile(r"</?[a-zA-Z][^<>]*>|<\d\d[\d:.]*>|\{\\[^}]*\}")
 _VOICE = re.compile(r"<v(?:\.[^ >]*)? ([^>]*)>")
 Lines = Mapping[str, list[Utterance]]  # video (empty: any) -> what is said in it
 
@@ -82,9 +86,13 @@ def read_transcript(path: Path) -> Lines:
 
 
 def _read_csv(text: str, path: Path) -> Lines:
-    rows = csv.DictReader(text.splitlines())
-    header = [name.strip().lower() for name in rows.fieldnames or ()]
-    rows.fieldnames = header
+    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        first, *rest = [(rows.line_num, row) for row in rows if row] or [(1, [])]
+    except csv.Error as error:
+        where = f"{path}, before line {rows.line_num + 1}"
+        raise MdlError(f"the transcript is not CSV ({error})", where, "close what is quoted") from None
+    header = [name.strip().lower() for name in first[1]]
     absent = [name for name in ("start", "end", "text") if name not in header]
     if absent:
         raise MdlError(
@@ -92,13 +100,20 @@ def _read_csv(text: str, path: Path) -> Lines:
             path,
             "name the columns start,end,text[,speaker][,video] in the first line",
         )
-    return _by_video((row, f"{path}, row {number}") for number, row in enumerate(rows, 2))
+    return _by_video((_cells(header, row, f"{path}, line {n}"), f"{path}, line {n}") for n, row in rest)
+
+
+def _cells(header: Sequence[str], row: Sequence[str], where: str) -> dict[str, str]:
+    if len(row) != len(header):
+        what = f"the row has {len(row)} cells, the first line {len(header)}"
+        raise MdlError(what, where, 'quote text that has a comma ("well, yes"), write 1.5 for 1,5')
+    return dict(zip(header, row, strict=True))
 
 
 def _read_json(text: str, path: Path) -> Lines:
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MdlError(f"the transcript is not JSON ({error})", path, "correct the file") from None
     if isinstance(content, dict) and isinstance(content.get("segments"), list):
         content = content["segments"]
@@ -119,16 +134,12 @@ def _read_json(text: str, path: Path) -> Lines:
 
 def _read_subtitles(text: str, path: Path) -> Lines:
     found: list[Utterance] = []
-    for block in re.split(r"\n[ \t]*\n", text.replace("\r\n", "\n").replace("\r", "\n")):
-        lines = block.split("\n")
-        times = next((i for i, line in enumerate(lines) if "-->" in line), None)
-        if times is None:
-            continue
-        match = _ARROW.match(lines[times])
-        where = f"{path}: {lines[times].strip()}"
+    for lines in _cues(text.replace("\r\n", "\n").replace("\r", "\n").split("\n")):
+        match = _ARROW.match(lines[0])
+        where = f"{path}: {lines[0].strip()}"
         if match is None:
             raise MdlError("this line has no times", where, "write 00:00:01,000 --> 00:00:02,500")
-        body = " ".join(line.strip() for line in lines[times + 1 :] if line.strip())
+        body = " ".join(line.strip() for line in lines[1:])
         voice = _VOICE.search(body)
         said = html.unescape(_TAG.sub("", body)).strip()
         row = {"start": match[1], "end": match[2], "text": said, "speaker": voice[1].strip() if voice else ""}
@@ -136,13 +147,34 @@ def _read_subtitles(text: str, path: Path) -> Lines:
     return {_EVERY_VIDEO: found}
 
 
+def _cues(lines: Iterable[str]) -> list[list[str]]:
+    """The line of times of each cue, and what is said.
+
+    A cue ends at a blank line, or where the next one's times follow, with or without a number above them.
+    """
+    cues: list[list[str]] = []
+    inside = False
+    for line in lines:
+        if "-->" in line and (not inside or _ARROW.match(line)):
+            if inside and len(cues[-1]) > 1 and cues[-1][-1].strip().isdecimal():
+                cues[-1].pop()
+            cues.append([line])
+            inside = True
+        elif inside and line.strip():
+            cues[-1].append(line)
+        else:
+            inside = False
+    return cues
+
+
 def _by_video(rows: Iterable[tuple[Any, str]]) -> Lines:
     videos: dict[str, list[Utterance]] = {}
     for row, where in rows:
         if not isinstance(row, dict):
             raise MdlError("this is no utterance", where, 'write {"start": 0.0, "end": 1.5, "text": "..."}')
-        video = str(row.get("video") or _EVERY_VIDEO).strip()
-        videos.setdefault(re.sub(r"\.\w{2,4}$", "", video), []).extend(_utterances(row, where))
+        name, suffix = os.path.splitext(str(row.get("video") or _EVERY_VIDEO).strip())
+        video = name if suffix.lower() in VIDEO_SUFFIXES else name + suffix
+        videos.setdefault(video, []).extend(_utterances(row, where))
     return videos
 
 

@@ -14,7 +14,8 @@ from mdltool.data.modalities import Absent, Part
 from mdltool.data.modalities.asked import Asked
 from mdltool.data.modalities.clip import read_raw
 from mdltool.data.modalities.plan import FILES, StreamPlan, extracted, load_features
-from mdltool.data.modalities.transcripts import TRANSCRIPTS
+from mdltool.data.modalities.sides import only_one
+from mdltool.data.modalities.transcripts import SUBTITLES
 from mdltool.data.video import VideoError
 from mdltool.errors import MdlError
 from mdltool.types import StreamInfo, is_image
@@ -45,7 +46,7 @@ def streams_of_video(
     found = {}
     for name, info in infos.items():
         side = (sides or {}).get(name)
-        if side is None and info.kind == "text":
+        if side is None and info.kind == "text" and not info.options.get("side"):
             side = _beside(video)
         try:
             found[name] = VideoStream(_tokens(name, info, part, side), None)
@@ -60,11 +61,11 @@ def _tokens(name: str, info: StreamInfo, part: Part, side: Path | None) -> np.nd
             raise Absent("its features come from files of the data set")
         return load_features(side, info.width).astype(np.float32)
     if side is None and info.options.get("side"):
-        raise Absent(f"its sound comes from a side file: --side {name}=...")
+        raise Absent(f"it comes from a side file: --side {name}=...")
     plan = _plan(name, info, side)
     assert plan.extractor is not None
     try:
-        raw = read_raw(plan, part, side, (part.video.with_suffix("").as_posix(), part.video.stem))
+        raw = read_raw(plan, part, side, _names(part.video))
     except VideoError as fault:
         raise Absent(fault.reason) from None
     return extract(plan.extractor, raw).tokens_MD.astype(np.float16).astype(np.float32)
@@ -94,7 +95,13 @@ def _part(video: Path, trim: tuple[float, float] | None) -> Part:
     return Part(video, trim[0] if trim else 0.0, duration_s, video, trim, is_segment=trim is not None)
 
 
+def _names(video: Path) -> tuple[str, ...]:
+    """What a transcript of several videos may call this one: its path below each of its folders, longest first."""
+    parts = video.absolute().with_suffix("").parts[1:]
+    return tuple("/".join(parts[i:]) for i in range(len(parts)))
+
+
 def _beside(video: Path) -> Path | None:
-    """The transcript of a video's own name, in its folder."""
-    files = (video.with_suffix(suffix) for suffix in sorted(TRANSCRIPTS))
-    return next((file for file in files if file.is_file()), None)
+    """The subtitles of a video's own name, in its folder. Raises MdlError for two."""
+    found = [f for f in video.parent.iterdir() if f.stem == video.stem and f.suffix.lower() in SUBTITLES]
+    return only_one(sorted(found), video.stem, "--side")
