@@ -76,7 +76,7 @@ class TestMpiigi:
         video.write_bytes(make_sounding(tone(1.0), 1.0))
         infos = {plan.name: plan.info for plan in streams.plans}
         found = streams_of_video(video, infos)
-        assert found["audio_mic0"].missing == "its sound comes from a side file: --side audio_mic0=..."
+        assert found["audio_mic0"].missing == "it comes from a side file: --side audio_mic0=..."
         assert found["audio"].missing is None
         found = streams_of_video(video, infos, sides={"audio_mic0": video})
         assert found["audio_mic0"].missing is None
@@ -162,6 +162,14 @@ class TestUdiva:
         listing = read("udiva", folder, None, "val")
         assert "audio_self" not in {*listing.sides, *listing.clips[0].sides}
         assert listing.clips[0].sides["audio_other"] == listing.clips[2].video
+
+    def test_the_others_transcript_is_not_what_lies_beside_a_video(self, tmp_path: Path) -> None:
+        listing = read("udiva", self.folder(tmp_path), None, "val")
+        (plan,) = Streams(asked(("text_other",), (), (), ()), listing.clips, tmp_path, listing.sides).plans
+        video = listing.clips[0].video
+        video.with_suffix(".srt").write_text("1\n00:00:00,000 --> 00:00:01,000\nme\n")
+        found = streams_of_video(video, {"text_other": plan.info})["text_other"]
+        assert found.missing == "it comes from a side file: --side text_other=..."
 
     def test_shards_name_the_participants(self, tmp_path: Path) -> None:
         folder = self.folder(tmp_path)
