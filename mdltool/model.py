@@ -49,7 +49,7 @@ class MultiDomainModel(nn.Module):
         self._digests: tuple[Any, dict[str, str]] | None = None
         self._empty: dict[str, dict[str, nn.Module]] = {}
         self.types: dict[str, str] = {}
-        check_streams(spec.streams)
+        check_streams(spec.streams, spec.sharing)
         parts = [(entry, *method_of(entry)) for entry in spec.adapters]
         sites = sites_of(backbone, parts)
         if spec.bn in _DOMAIN_NORMS:
@@ -191,11 +191,11 @@ class MultiDomainModel(nn.Module):
         frozen: adapters, heads and shared norms train. joint: everything. heads: heads only. adapters: adapters
         and shared norms. full: backbone and heads. bn: the recipe's choice; None takes the regime's default,
         `shared` where the backbone trains and `frozen` elsewhere. `shared` with a frozen backbone is the naive
-        freeze, whose statistics keep moving. only: of what the regime trains, the tensors whose names
-        begin so alone; all others stay as they are. shared_factors: of a compressed model, train the factors that
-        domains share with the adapters (spec residual_adapters 2.6: they are frozen). adapters: types; these train
-        in every regime and no others do, while None leaves it to the regime. Streams that nothing trains for and
-        nothing uses yet are passed over.
+        freeze, whose statistics keep moving. only: of what the regime trains, the tensors of these names, and those
+        below names that end in /; all others stay as they are. shared_factors: of a compressed model, train the
+        factors that domains share with the adapters (spec residual_adapters 2.6: they are frozen). adapters: types;
+        these train in every regime and no others do, while None leaves it to the regime. Streams that nothing
+        trains for and nothing uses yet are passed over.
         """
         if regime not in REGIMES:
             raise MdlError(f"there is no regime '{regime}'", "train.steps.regime", did_you_mean(regime, REGIMES))
@@ -220,8 +220,9 @@ class MultiDomainModel(nn.Module):
                 norm.inner.requires_grad_(False)  # each domain has its own; the library's copy idles
         self.heads.requires_grad_(regime != "adapters")
         if only is not None:
+            below = tuple(name for name in only if name.endswith("/"))
             for key, tensor in self.tensors().items():
-                if isinstance(tensor, nn.Parameter) and not key.startswith(only):
+                if isinstance(tensor, nn.Parameter) and key not in only and not key.startswith(below):
                     tensor.requires_grad_(False)
         norms = self.backbone_norms()
         self._eval_modules = list(norms) if bn == "frozen" else []
@@ -299,7 +300,7 @@ class MultiDomainModel(nn.Module):
             raise MdlError(what, pack.where, "keep its name")
         normalize = {**self.spec.normalize, **({domain: pack.normalize} if pack.normalize else {})}
         streams = {**self.spec.streams, **({domain: dict(pack.streams)} if pack.streams else {})}
-        check_streams(streams)
+        check_streams(streams, self.spec.sharing)
         parts = with_tensors(self._shells(domain, pack), pack, self.mean.device)
         self.heads[domain] = parts["head"].train(self.training)
         for name, wrapper in self._wrappers():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -22,6 +22,8 @@ from mdltool.wrapping import find
 from mdltool.wrapping import replace as put
 
 REGIMES = ("frozen", "joint", "heads", "full", "adapters")
+_EVERYWHERE = ("kind", "width", "input")
+_SHARED = ("late", "layers", "embedder", "embedder_options")
 
 
 @dataclass(frozen=True)
@@ -142,28 +144,32 @@ def build_backbone(spec: ModelSpec) -> Backbone:
     return backbone
 
 
-def check_streams(streams: Mapping[str, Mapping[str, StreamSpec]]) -> None:
-    """Raise MdlError for a stream that differs between two domains, and for an embedder that does not fit."""
-    first: dict[str, tuple[str, StreamSpec]] = {}
+def check_streams(streams: Mapping[str, Mapping[str, StreamSpec]], sharing: Collection[str] = ()) -> None:
+    """Raise MdlError for a stream that differs between two domains, and for an embedder that does not fit.
+
+    sharing: domains with one cross-attention, whose streams are alike in everything.
+    """
+    first: dict[tuple[str, bool], tuple[str, StreamSpec]] = {}
     for domain, entries in streams.items():
         for name, spec in entries.items():
             if hasattr(nn.ModuleDict, name) or name == "training":
                 raise MdlError(f"a stream cannot be called '{name}'", "streams", f"call it {name}_1")
             check_embedder(name, spec)
-            other, known = first.setdefault(name, (domain, spec))
-            for key in ("kind", "width", "input"):
-                if getattr(known, key) != getattr(spec, key):
-                    raise MdlError(
-                        f"the stream '{name}' has {key} {getattr(known, key)} in the domain {other} and "
-                        f"{getattr(spec, key)} in {domain}",
-                        f"streams.{name}.{key}",
-                        "give one of the two another name",
-                    )
+            for shared in (False, True) if domain in sharing else (False,):
+                other, known = first.setdefault((name, shared), (domain, spec))
+                for key in _SHARED if shared else _EVERYWHERE:
+                    if getattr(known, key) != getattr(spec, key):
+                        raise MdlError(
+                            f"the stream '{name}' has {key} {getattr(known, key)} in the domain {other} and "
+                            f"{getattr(spec, key)} in {domain}",
+                            f"streams.{name}.{key}",
+                            "give one of the two another name",
+                        )
 
 
 def check_adapters(spec: ModelSpec) -> None:
     """Raise MdlError for an adapter that the backbone has no site for; builds no weights."""
-    check_streams(spec.streams)
+    check_streams(spec.streams, spec.sharing)
     with torch.device("meta"):
         declared = build_backbone(spec).places()
     for entry in spec.adapters:

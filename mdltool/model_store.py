@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mdltool.adapters.factored import has_weight, value, weight_of
+from mdltool.adapters.factored import FactorSpec, has_weight, value, weight_of
 from mdltool.artifact import Artifact, latest, open_artifact
 from mdltool.backbones.base import Backbone
 from mdltool.compress.factoring import fit_factors
@@ -155,11 +155,21 @@ def _begin_factors(model: MultiDomainModel, domain: str) -> None:
 
 
 def reduced(model: MultiDomainModel, domain: str) -> MultiDomainModel:
-    """The model without a domain; every other tensor is the same."""
+    """The model without a domain; every other tensor is the same; shared factors that it alone used go with it."""
     smaller = build_model(model.spec.of(name for name in model.spec.domains if name != domain))
     old = model.tensors()
     smaller.load_tensors({key: old[key] for key in smaller.tensors()}, domain)
+    smaller.spec = replace(smaller.spec, factors=_held_factors(smaller))
     return smaller.eval()
+
+
+def _held_factors(model: MultiDomainModel) -> dict[str, dict[str, FactorSpec]]:
+    """The spec's factors without those of weights that no domain has: of streams that went with a domain."""
+    found = {}
+    for site, entries in model.spec.factors.items():
+        adapters = list(model.sites[site].adapters.values())
+        found[site] = {name: e for name, e in entries.items() if any(has_weight(a, name) for a in adapters)}
+    return {site: entries for site, entries in found.items() if entries}
 
 
 def _begin_as(key: str, start_from: str | None, model: MultiDomainModel) -> str:

@@ -10,7 +10,9 @@ from mdltool.errors import MdlError
 
 
 def apply_override(content: dict[str, Any], override: str) -> None:
-    """Apply one `a.b.0.c=value`; the value is read as YAML."""
+    """Apply one `a.b.0.c=value`; the value is read as YAML. A list's entry may be named by its type, as in
+    `adapters.caa.d`.
+    """
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise MdlError(f"'{override}' is no override", "--set", "write --set key=value, e.g. --set train.seed=1")
@@ -26,8 +28,7 @@ def apply_override(content: dict[str, Any], override: str) -> None:
             node[part] = child = {}
         node = child
     if isinstance(node, list):
-        _step_into(node, last, override)
-        node[int(last)] = value
+        node[_index(node, last, override)] = value
     elif isinstance(node, dict):
         node[last] = value
     else:
@@ -36,9 +37,17 @@ def apply_override(content: dict[str, Any], override: str) -> None:
 
 def _step_into(node: Any, part: str, override: str) -> Any:
     if isinstance(node, list):
-        if not part.isdigit() or int(part) >= len(node):
-            raise MdlError(f"'{part}' is no index of a list of {len(node)}", f"--set {override}", "count from 0")
-        return node[int(part)]
+        return node[_index(node, part, override)]
     if isinstance(node, dict):
         return node.get(part)
     raise MdlError(f"'{part}' lies below a plain value", f"--set {override}", "check the key")
+
+
+def _index(entries: list[Any], part: str, override: str) -> int:
+    found = [i for i, entry in enumerate(entries) if isinstance(entry, dict) and entry.get("type") == part]
+    if len(found) == 1:
+        return found[0]
+    if not part.isdigit() or int(part) >= len(entries):
+        what = f"'{part}' is no index of a list of {len(entries)}, nor the type of one of its entries alone"
+        raise MdlError(what, f"--set {override}", "count from 0")
+    return int(part)

@@ -17,7 +17,7 @@ from mdltool.adapters import ADAPTERS
 from mdltool.backbones import BACKBONES
 from mdltool.errors import MdlError
 from mdltool.overrides import apply_override
-from mdltool.recipe_streams import stream_faults
+from mdltool.recipe_streams import sharing_faults, stream_faults
 from mdltool.registry import Table, did_you_mean, nearest
 from mdltool.schema import Recipe
 
@@ -84,8 +84,11 @@ def load(name: str, overrides: Iterable[str] = ()) -> Recipe:
     return validate(content, path)
 
 
-def validate(content: dict[str, Any], where: object) -> Recipe:
-    """A parsed YAML to a Recipe. Raises MdlError with all faults together."""
+def validate(content: dict[str, Any], where: object, *, partial: bool = False) -> Recipe:
+    """A parsed YAML to a Recipe. partial: of some of a model's domains, so that it may name others as sharing.
+
+    Raises MdlError with all faults together.
+    """
     faults: list[str] = []
     recipe = None
     try:
@@ -94,7 +97,7 @@ def validate(content: dict[str, Any], where: object) -> Recipe:
         faults = [fault(entry, Recipe) for entry in error.errors()]
     faults += _part_faults(content)
     if recipe is not None and not faults:
-        faults = _cross_faults(recipe)
+        faults = _cross_faults(recipe) + ([] if partial else sharing_faults(recipe))
     if faults:
         noun = "fault" if len(faults) == 1 else "faults"
         listing = "".join(f"\n    {entry}" for entry in faults)

@@ -73,14 +73,18 @@ def _domain_faults(recipe: Recipe) -> list[str]:
             if name not in recipe.streams:
                 hint = did_you_mean(name, recipe.streams) if recipe.streams else "the recipe names none"
                 faults.append(f"domains.{domain}.streams: there is no stream '{name}'; {hint}")
-    for i, entry in enumerate(recipe.adapters):
-        if entry.type == "caa":
-            faults += [
-                f"adapters.{i}.share: there is no domain '{name}'; {did_you_mean(name, recipe.domains)}"
-                for name in entry.options.get("share", [])
-                if name not in recipe.domains
-            ]
     return faults
+
+
+def sharing_faults(recipe: Recipe) -> list[str]:
+    """Domains that are said to share a cross-attention and are not there."""
+    return [
+        f"adapters.{i}.share: there is no domain '{name}'; {did_you_mean(name, recipe.domains)}"
+        for i, entry in enumerate(recipe.adapters)
+        if entry.type == "caa"
+        for name in entry.options.get("share", [])
+        if name not in recipe.domains
+    ]
 
 
 def _step_faults(recipe: Recipe, types: Iterable[str]) -> list[str]:

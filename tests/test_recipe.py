@@ -144,10 +144,13 @@ def test_clips_of_mixed_batches_are_alike() -> None:
 
 
 def test_overrides_reach_lists_and_new_keys() -> None:
-    recipe = load("tiny_demo", ["train.steps.0.updates=7", "domains.chalk.weight=2.5", "adapters.0.sites=[stage2]"])
+    sets = ["train.steps.0.updates=7", "domains.chalk.weight=2.5", "adapters.0.sites=[stage2]"]
+    recipe = load("tiny_demo", sets)
     assert recipe.train.steps[0].updates == 7
     assert recipe.domains["chalk"].weight == 2.5
     assert recipe.adapters[0].sites == ["stage2"]
+    kind = recipe.adapters[0].type
+    assert load("tiny_demo", [*sets[:2], f"adapters.{kind}.sites=[stage2]"]) == recipe
 
 
 @pytest.mark.parametrize(

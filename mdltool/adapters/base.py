@@ -176,8 +176,9 @@ class AdaptedSite(DomainWrapper):
         self._factored = dict(specs)
         for name, spec in specs.items():
             if not spec.independent:
-                shape = weight_of(next(iter(self.adapters.values())), name).shape
-                self.factors[name.replace(".", "/")] = SharedFactor(shape, spec)
+                holders = (adapter for adapter in self.adapters.values() if has_weight(adapter, name))
+                if (holder := next(holders, None)) is not None:  # a stream's, which no domain may have any more
+                    self.factors[name.replace(".", "/")] = SharedFactor(weight_of(holder, name).shape, spec)
         for adapter in self.adapters.values():
             self._factor(adapter)
 

@@ -32,7 +32,7 @@ class CaaOptions(TokenOptions):
     itself, or the bottleneck's mean over space, pooled over time to as many rows. query: made of the bottleneck, or
     of the MLP's input. pos: sin adds fixed positions to the keys' input. stream_dropout: of a training clip's
     streams, each by itself. share: domains that hold one set of weights together. late: how streams come in that
-    are added to a finished model.
+    are added to a finished model; with gate a clip needs a founding stream beside them.
     """
 
     d: Annotated[int, Field(ge=1)] = 128

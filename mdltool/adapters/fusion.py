@@ -95,7 +95,8 @@ class AdapterFusion(Queried):
     """A softmax over the founding streams that are present, for each token: AdapterFusion's (spec 2.5).
 
     late: `gain` streams come outside the softmax, with a gain per channel; `gate` ones join it with a weight g in
-    front of exp. Both begin at 0, which leaves every output as it was.
+    front of exp. Both begin at 0, which leaves every output as it was. A clip without a founding stream has no
+    softmax to join, so that a gate gives it nothing.
     """
 
     def __init__(self, source: int, bottleneck: int, width: int, founding: Sequence[str], scaled: bool) -> None:
@@ -130,11 +131,12 @@ class AdapterFusion(Queried):
             score_BN1 = (q_BND * self.k(z_BND)).sum(-1, keepdim=True) * self.scale
             precise = torch.promote_types(score_BN1.dtype, torch.float32)
             scores.append((name, score_BN1.to(precise), self.v(z_BND)))
-        fused = self._softmax(scores, present) if scores else q_BND.new_zeros(())
+        founded_B = self._founded(present)
+        fused = select(founded_B, self._softmax(scores, present)) if scores else q_BND.new_zeros(())
         for name, gain_D in self.gains.items():
             if name in present:
                 fused = fused + select(present[name], gain_D * self.v(attend(name, query_BND)))
-        return fused, self._founded(present)
+        return fused, founded_B
 
     def _softmax(self, scores: Sequence[tuple[str, Tensor, Tensor]], present: Mapping[str, Tensor]) -> Tensor:
         """The softmax's mean of the streams' values; 0 for a clip without any."""

@@ -73,7 +73,8 @@ def add_modality(
 
     from mdltool.stages import add_modality as stage
 
-    wanted = Wanted(tuple(dict.fromkeys(modality)), plan, tuple(overrides or ()), end_to_end, train_head)
+    words, sets = tuple(dict.fromkeys(modality)), tuple(overrides or ())
+    wanted = Wanted(words, plan, sets, end_to_end, train_head, all_found=not named)
     name = "+".join([source.path.resolve().name, *wanted.modalities])
     artifact = stage.run(
         source,

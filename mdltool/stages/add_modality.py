@@ -4,13 +4,12 @@ section 3.3; spec cm3t 2.8).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from mdltool import console
@@ -28,6 +27,7 @@ from mdltool.model_store import (
     write_model_json,
 )
 from mdltool.registry import did_you_mean
+from mdltool.stages.begin_streams import begin_streams
 from mdltool.stages.fitting import DomainData, Scope, fit, gather_data, train_indices
 from mdltool.stages.modalities import Addition, Wanted, settle, spec_with
 from mdltool.stages.plan import completed
@@ -67,7 +67,7 @@ def run(
     refuse_fused(content, source.path)
     shards = list(shards)
     added = settle(content, wanted, train_indices(shards, content["domains"]), source)
-    data = gather_data(added.training, shards)
+    data = gather_data(added.training, [part for part in shards if part.summary["domain"] in added.streams])
     added = added.noted(with_sources(added.training, data))
     own = bool(content["own_backbone"])
     backbone = None if own else find_backbone(source, work)
@@ -123,7 +123,7 @@ def _trained(model: MultiDomainModel, new: list[str], added: Addition, wanted: W
     return [*new, *heads] if wanted.train_head else new
 
 
-def _begin_as(model: MultiDomainModel, new: list[str], start: Start, work: Path) -> None:
+def _begin_as(model: MultiDomainModel, new: Sequence[str], start: Start, work: Path) -> None:
     """Copy another domain's tensors of the same streams into the new ones. What it has not begins afresh."""
     other = load_model(start.model, work=work)
     if start.domain not in other.spec.domains:
@@ -132,19 +132,12 @@ def _begin_as(model: MultiDomainModel, new: list[str], start: Start, work: Path)
     if other.digests()["backbone"] != model.digests()["backbone"]:
         what = "that model is on another backbone, whose bottlenecks are other features"
         raise MdlError(what, "--init-from", "take a model that was trained on the same frozen backbone")
-    there, here, found = other.tensors(False), model.tensors(False), 0
-    for key in new:
-        owner, rest = key.split("/", 1)
-        own = there.get(key if owner == "shared" else f"{start.domain}/{rest}")
-        if own is not None and own.shape == here[key].shape:
-            with torch.no_grad():
-                here[key].copy_(own)
-            found += 1
-    if not found:
+    copied = begin_streams(model, new, other, start.domain)
+    if not copied:
         streams = ", ".join(other.spec.streams.get(start.domain, ())) or "none"
         what = f"nothing of the new streams is like that domain's (its streams: {streams})"
         raise MdlError(what, "--init-from", "give the streams the same names and widths")
-    console.say(f"{found} of {len(new)} new tensors begin as those of {start.domain} in {start.model.path}")
+    console.say(f"{copied} of {len(new)} new tensors begin as those of {start.domain} in {start.model.path}")
 
 
 def _commit(

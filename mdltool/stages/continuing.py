@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,11 +28,18 @@ def settled(content: dict[str, Any], overrides: Sequence[str], source: Artifact,
     new: a pattern of the keys of what the model has not yet, which can be set too. Raises MdlError for a key that
     the model settles, and for every fault of the result.
     """
+    content = copy.deepcopy(content)  # parts of it are the model's own recipe
     for override in overrides:
         if not re.match(f"{_CHANGEABLE}|{new}" if new else _CHANGEABLE, override):
             raise MdlError("the finished model settles this key", f"--set {override}", _CHANGEABLE_KEYS)
         apply_override(content, override)
-    return validate(content, source.path)
+    return validate(content, source.path, partial=True)
+
+
+def unmixed(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's augmentation without what mixes the frames of clips, which other streams cannot follow."""
+    plain = {"mixup": 0.0, "cutmix": 0.0, "mix_scope": "masked", "smooth_classes": None}
+    return {key: plain.get(key, value) for key, value in stored["data"]["augment"].items()}
 
 
 def plain_losses(stored: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,9 +82,41 @@ def joined(stored: Mapping[str, Any], recipe: Recipe, domain: str, source: Artif
     batch = stored["data"]["batch"]
     if isinstance(batch, dict):
         batch = {**batch, domain: recipe.data.batch}
-    domains = {**stored["domains"], **recipe.model_dump(mode="json")["domains"]}
-    content = {**stored, "domains": domains, "data": {**stored["data"], "batch": batch}}
-    return validate(content, f"{source.path} with {domain}").model_dump(mode="json")
+    part = recipe_of(recipe, domain)
+    own = {**recipe.domains[domain].model_dump(mode="json"), "streams": part["domain"]["streams"]}
+    both = with_streams(stored, domain, own, part.get("streams", {}), source.path)
+    content = {**stored, **both, "data": {**stored["data"], "batch": batch}}
+    return validate(content, f"{source.path} with {domain}", partial=True).model_dump(mode="json")
+
+
+def with_streams(
+    stored: Mapping[str, Any], name: str, domain: Mapping[str, Any], parts: Mapping[str, Any], where: object
+) -> dict[str, Any]:
+    """`streams` and `domains` of a model's recipe with one more domain, each domain naming its own streams.
+
+    domain, parts: of the new one, as recipe_of gives them. Raises MdlError where one of its streams is another in
+    the model's recipe.
+    """
+    known = dict(stored.get("streams") or {})
+    for stream, part in parts.items():
+        there = known.setdefault(stream, part)
+        if differing := [key for key in part if _settled(part)[key] != _settled(there).get(key)]:
+            key = differing[0]
+            what = f"'{name}' has a stream '{stream}' with {key} {part[key]}, the model has {there.get(key)}"
+            raise MdlError(what, where, "train the domain with the model's streams, or with streams of other names")
+    domains = {**stored["domains"], name: domain}
+    if known:
+        every = list(stored.get("streams") or {})
+        before = {
+            old: {**part, "streams": every if part.get("streams") is None else part["streams"]}
+            for old, part in stored["domains"].items()
+        }
+        domains = {**before, name: {**domain, "streams": domain.get("streams") or []}}
+    return {"streams": known, "domains": domains}
+
+
+def _settled(part: Mapping[str, Any]) -> dict[str, Any]:
+    return {**part, "input": part.get("input") or part["width"]}
 
 
 def finetuning(
@@ -117,12 +157,18 @@ def finetuning(
 
 
 def recipe_of(recipe: Recipe, domain: str) -> dict[str, Any]:
-    """What a recipe says of a domain, of it alone or of all: enough to be in another model what it is in this."""
+    """What a recipe says of a domain, of it alone or of all: enough to be in another model what it is in this.
+
+    `streams` is left out where the domain has none.
+    """
     part = recipe.domains[domain].model_dump(mode="json")
     part["sampling"] = part["sampling"] or recipe.data.sampling.model_dump(mode="json")
     if part["flip"] is None:
         part["flip"] = 0.0 if part["augment"] == "none" else recipe.data.augment.flip
     part["views"] = part["views"] or recipe.views.grid
+    named = list(recipe.streams) if part["streams"] is None else part["streams"]
+    part["streams"] = named or None
+    streams = {name: recipe.streams[name].model_dump(mode="json") for name in named}
     proportions = recipe.data.proportions
     return {
         "domain": part,
@@ -130,4 +176,4 @@ def recipe_of(recipe: Recipe, domain: str) -> dict[str, Any]:
         "proportion": proportions.weights.get(domain) if proportions else None,
         "replicas": proportions.replicas.get(domain) if proportions else None,
         "views": recipe.views.model_dump(mode="json", exclude={"grid"}),
-    }
+    } | ({"streams": streams} if streams else {})

@@ -65,7 +65,8 @@ def run(
     stored = job.new["recipe"]
     task = stored["domains"][job.domain]["task"]
     own = alone(job.old["recipe"], job.domain, task)
-    own["domains"] = {job.domain: recipe_of(Recipe.model_validate(stored), job.domain)["domain"]}
+    part = recipe_of(Recipe.model_validate(stored), job.domain)
+    own |= {"domains": {job.domain: part["domain"]}, "streams": part.get("streams", {})}
     recipe = joined(job.old["recipe"], Recipe.model_validate(own), job.domain, source)
     training = training_of(own, job.new["domains"], finetune, source) if finetune is not None else None
     request = {

@@ -257,8 +257,8 @@ def _step_spec(step: Step, epoch: int, decay: float | None) -> StepSpec:
 class Scope:
     """What trains of a finished model, whose backbone and shared statistics stay as they are.
 
-    only: the tensors whose names begin so alone. shared_factors: of a compressed model, the factors that domains
-    share too.
+    only: the tensors of these names alone, and those below names that end in /. shared_factors: of a compressed
+    model, the factors that domains share too.
     """
 
     only: tuple[str, ...] | None = None

@@ -21,6 +21,7 @@ from mdltool.model_store import (
     write_model_json,
 )
 from mdltool.recipe import validate
+from mdltool.stages.continuing import with_streams
 from mdltool.train.checkpoint import save_tensors
 
 
@@ -35,7 +36,8 @@ def run(source: Artifact, pack: DomainPack, name: str, out: Path, *, weights: st
     domains = label_spaces(content)
     if name in domains:
         raise MdlError(f"the model has a domain '{name}' already", source.path, "give another name: --as NAME")
-    recipe = validate(_joined(content["recipe"], name, pack.recipe), pack.where).model_dump(mode="json")
+    content_of_both = _joined(content["recipe"], name, pack.recipe, pack.where)
+    recipe = validate(content_of_both, pack.where, partial=True).model_dump(mode="json")
     own = bool(content["own_backbone"])
     inputs = [source.as_input("model")] + ([] if own else [find_backbone(source, work).as_input("backbone")])
     request = {"domain": name, "file": pack.digest(), "weights": weights}
@@ -58,7 +60,7 @@ def run(source: Artifact, pack: DomainPack, name: str, out: Path, *, weights: st
         return draft.commit(summary)
 
 
-def _joined(stored: dict[str, Any], name: str, part: Any) -> dict[str, Any]:
+def _joined(stored: dict[str, Any], name: str, part: Any, where: object) -> dict[str, Any]:
     """The model's recipe with the domain; the domain's entry says what differs from everybody's."""
     data, domain = stored["data"], dict(part["domain"])
     everybodys = {
@@ -79,7 +81,7 @@ def _joined(stored: dict[str, Any], name: str, part: Any) -> dict[str, Any]:
         added = {"weights": part["proportion"], "replicas": part["replicas"]}
         named = {key: {**proportions[key], name: value} for key, value in added.items() if value is not None}
         data["proportions"] = {**proportions, **named}
-    return {**stored, "domains": {**stored["domains"], name: domain}, "data": data}
+    return {**stored, **with_streams(stored, name, domain, part.get("streams", {}), where), "data": data}
 
 
 def _announce(views: dict[str, Any], pack: DomainPack, name: str) -> None:

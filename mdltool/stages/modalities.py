@@ -10,13 +10,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mdltool import console
 from mdltool.artifact import Artifact
 from mdltool.data.index import ShardIndex
 from mdltool.errors import MdlError
 from mdltool.model_spec import AdapterSpec, ModelSpec
 from mdltool.recipe import validate
 from mdltool.schema import Recipe
-from mdltool.stages.continuing import plain_losses, settled
+from mdltool.stages.continuing import plain_losses, settled, unmixed
 from mdltool.stages.plan import stream_specs
 
 _WIDTH = 512  # of what the cross-attention sees, where no recipe says it (spec cm3t 5.3)
@@ -26,7 +27,8 @@ _WIDTH = 512  # of what the cross-attention sees, where no recipe says it (spec 
 class Wanted:
     """What is to be added. modalities: kinds or names of streams. plan: a recipe whose streams, cross-attention and
     training of it are taken; None: the model's own. end_to_end: all adapters and the head of the domains train, and
-    the new streams are founding ones. train_head: the heads train beside the new streams.
+    the new streams are founding ones. train_head: the heads train beside the new streams. all_found: of domains
+    that were not named one by one, those which cannot gain it stay as they are.
     """
 
     modalities: tuple[str, ...]
@@ -34,6 +36,7 @@ class Wanted:
     overrides: tuple[str, ...] = ()
     end_to_end: bool = False
     train_head: bool = False
+    all_found: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,29 +66,39 @@ def settle(
     stored = content["recipe"]
     known = _streams_of(wanted.plan) or dict(stored.get("streams") or {})
     present = {d: list(names) for d, names in content["spec"].get("streams", {}).items()}
-    new = {d: _of_domain(d, index, wanted, known, present.get(d, [])) for d, index in indices.items()}
+    new = _of_domains(indices, wanted, known, present)
+    if not (wanted.end_to_end or wanted.train_head):
+        _check_shared(new, present, ModelSpec.from_json(content["spec"]).sharing)
     parts = {name: part for streams in new.values() for name, part in streams.items()}
     streams = {d: list(found) for d, found in new.items()}
     after, number = _extended(stored, parts, streams, present, wanted.plan)
+    given = {**stored["losses"], **stored["data"]["augment"]}
+    if gone := [name for name in ("inf", "proj", "weights", "mixup", "cutmix") if given.get(name)]:
+        console.say(f"the model's recipe goes on without {', '.join(gone)}: of frames alone, which streams are not")
     training = _training(after, stored, streams, wanted)
     allowed = [rf"streams\.({'|'.join(map(re.escape, parts))})\."]
-    allowed += [rf"adapters\.{number}\."] if number == len(stored["adapters"]) else []
+    first = number == len(stored["adapters"])
+    allowed += [rf"adapters\.({number}|caa)\."] if first else []
     recipe = settled(training, wanted.overrides, source, "|".join(allowed))
     changed = recipe.model_dump(mode="json")
     after |= {key: changed[key] for key in ("streams", "adapters")}
-    return Addition(streams, recipe, validate(after, source.path))
+    return Addition(streams, recipe, validate(after, source.path, partial=not first))
 
 
 def spec_with(spec: ModelSpec, added: Addition, late: bool) -> ModelSpec:
     """The spec of the model afterwards. late: a stream that comes to others joins no softmax of theirs (spec cm3t
-    2.5); else it is a founding one.
+    2.5); else it is a founding one. What another domain has in a shared cross-attention stays what it is there.
     """
     known = stream_specs(added.recipe)
     streams = {domain: dict(entries) for domain, entries in spec.streams.items()}
     sharing = [domain for domain in spec.sharing if domain in spec.streams]
     for domain, names in added.streams.items():
-        others = domain in streams or (domain in spec.sharing and bool(sharing))
+        shared = domain in spec.sharing
+        others = domain in streams or (shared and bool(sharing))
         entries = {name: replace(known[domain][name], late=late and others) for name in names}
+        if shared:
+            held = {name: entry for other in spec.sharing for name, entry in streams.get(other, {}).items()}
+            entries = {name: held.get(name, entry) for name, entry in entries.items()}
         streams[domain] = {**streams.get(domain, {}), **entries}
     adapters = list(spec.adapters)
     if not any(entry.type == "caa" for entry in adapters):
@@ -96,6 +109,43 @@ def spec_with(spec: ModelSpec, added: Addition, late: bool) -> ModelSpec:
 
 def _streams_of(plan: Recipe | None) -> dict[str, Any]:
     return {} if plan is None else {name: part.model_dump(mode="json") for name, part in plan.streams.items()}
+
+
+def _of_domains(
+    indices: Mapping[str, ShardIndex],
+    wanted: Wanted,
+    known: Mapping[str, Any],
+    present: Mapping[str, Sequence[str]],
+) -> dict[str, dict[str, Any]]:
+    """By domain, the recipe's entries of its new streams."""
+    new, refused = {}, None
+    for domain, index in indices.items():
+        try:
+            new[domain] = _of_domain(domain, index, wanted, known, present.get(domain, []))
+        except MdlError as error:
+            if not wanted.all_found:
+                raise
+            refused = error
+            console.say(f"{domain} stays as it is: {error.what}")
+    if not new and refused is not None:
+        raise refused
+    return new
+
+
+def _check_shared(
+    new: Mapping[str, Iterable[str]], present: Mapping[str, Sequence[str]], sharing: Sequence[str]
+) -> None:
+    """Raise MdlError for a domain whose new streams its shared cross-attention has already."""
+    held = {name: other for other in sharing for name in present.get(other, ())}
+    for domain, names in new.items():
+        if domain in sharing and held.keys() >= set(names):
+            other = held[next(iter(names))]
+            raise MdlError(
+                f"'{domain}' shares its cross-attention with '{other}', which has {', '.join(names)} already: "
+                "there is nothing new to train",
+                "--modality",
+                "--train-head trains the head of the domain with the stream as it is",
+            )
 
 
 def _of_domain(
@@ -115,10 +165,9 @@ def _of_domain(
                 f"--modality {word}",
                 "take the model that it was added to, to train it again",
             )
-        for name, part in fresh.items():
+        for name in fresh:
             if name not in index.streams:
                 raise _lacking(domain, name, index)
-            _check_width(domain, name, part, index)
         found |= fresh
     return found
 
@@ -143,16 +192,6 @@ def _lacking(domain: str, word: str, index: ShardIndex) -> MdlError:
     )
 
 
-def _check_width(domain: str, name: str, part: Mapping[str, Any], index: ShardIndex) -> None:
-    stated, there = part["input"] or part["width"], index.streams[name].width
-    if stated != there:
-        raise MdlError(
-            f"the stream '{name}' of '{domain}' is {there} numbers wide, the recipe says {stated}",
-            index.folder,
-            f"--set streams.{name}.input={there}, or shard with the recipe's extractor",
-        )
-
-
 def _extended(
     stored: Mapping[str, Any],
     parts: Mapping[str, Any],
@@ -170,8 +209,9 @@ def _extended(
         name: {**part, "streams": [*present.get(name, []), *new.get(name, [])]}
         for name, part in stored["domains"].items()
     }
-    streams = {**(stored.get("streams") or {}), **parts}
-    return {**stored, "streams": streams, "adapters": adapters, "domains": domains, "published": None}, number
+    own = {"streams": {**(stored.get("streams") or {}), **parts}, "adapters": adapters, "domains": domains}
+    frames = {"losses": plain_losses(stored), "data": {**stored["data"], "augment": unmixed(stored)}}
+    return {**stored, **own, **frames, "published": None}, number
 
 
 def _training(
@@ -193,5 +233,5 @@ def _training(
         "domains": {name: after["domains"][name] for name in domains},
         "losses": plain_losses(stored),
         "train": train,
-        "data": {**stored["data"], "batch": batch, "proportions": None},
+        "data": {**after["data"], "batch": batch, "proportions": None},
     }

@@ -327,6 +327,24 @@ def test_a_later_stream_changes_no_bit_until_it_is_trained(fusion: str, late: st
     assert moved[:3].abs().max() > 0 or gates
 
 
+def test_a_gate_opens_from_nothing() -> None:
+    """Also for a clip without a founding stream, whose softmax would be the late one's alone."""
+    spec = stream_spec(streams={"a": {"audio": AUDIO, "text": replace(TEXT, late=True)}}, late="gate")
+    model, x = stream_model(spec), clips(spec)
+    given = {"audio": tokens(2, 1, 0), "text": tokens(1, 0, 2)}
+    found = []
+    with torch.no_grad():
+        for gate in (0.0, 1e-9, 1.0):
+            for key, tensor in model.tensors().items():
+                if "gates.text" in key:
+                    tensor.fill_(gate)
+            found.append(model(x, "a", given))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-7)
+    moved = (found[2] - found[0]).abs().amax(1)
+    assert moved[0] > 1e-6
+    assert (moved[1:] == 0).all()
+
+
 def test_mmca_takes_no_later_stream() -> None:
     spec = stream_spec(streams={"a": BOTH | {"text": replace(TEXT, late=True)}}, fusion="mmca")
     with pytest.raises(MdlError, match="adapterfusion"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,29 @@ from torch import Tensor
 from mdltool.artifact import open_artifact
 from mdltool.model import MultiDomainModel
 from mdltool.model_store import load_model
+from mdltool.train.log import MetricsLog
 from mdltool.types import StreamTokens
 from tests.conftest import Ran
+from tests.processes import start
 
-FEW = ("train.steps.0.updates=2", "data.batch=4", "val.every=0", "data.crop=32", "data.augment.short_side=[32,32]")
+FEW = (
+    "train.steps.0.updates=2",
+    "data.batch=4",
+    "val.every=0",
+    "data.crop=32",
+    "data.augment.short_side=[32,32]",
+    "heads.dropout=0.0",
+)
 SMALL = ("train.steps.0.updates=2", "data.batch=4", "adapters.2.d=8", "adapters.2.heads=2")
-D = "sound"
+D, OTHER = "sound", "quiet"
+SHARED = f"adapters.caa.share=[{D},{OTHER}]"
 
 
 @dataclasses.dataclass(frozen=True)
 class Heard:
-    """A work directory with training shards of the domain `sound`, a model of its pictures, and other shards."""
+    """A work directory with training shards of the domain `sound`, which has text too, and of `quiet`, a model of
+    their pictures, and validation shards of `sound`.
+    """
 
     work: Path
     model: Path
@@ -37,18 +50,29 @@ def heard(mdltool: Callable[..., Ran], tmp_path_factory: pytest.TempPathFactory)
     work = tmp_path_factory.mktemp("heard")
     assert mdltool("synth", "--out", work / "videos", "--domains", D, "--clips-per-class", 1).code == 0
     made = {}
-    for split, kinds in (("train", ("audio", "text")), ("val", ("audio",))):
-        where = ("--format", "folder", "--domain", D, "--split", split, "--out", work / split)
+    both = ("audio", "text")
+    for domain, videos, split, kinds in (
+        (D, "train", "train", both),
+        (D, "val", "val", both[:1]),
+        (OTHER, "val", "train", both[:1]),
+    ):
+        name = f"{domain}-{split}"
+        place = work / "shards" / name if split == "train" else work / name  # val only where a test names it
+        where = ("--format", "folder", "--domain", domain, "--split", split, "--out", place)
         words = [word for kind in kinds for word in ("--modality", kind)]
-        made[split] = mdltool("shard", work / "videos" / D / split, *where, *words).path
-    sets = [w for key in FEW for w in ("--set", key)]
-    data = ("--data", f"{D}={made['train']}", "--work", work, "--workers", 0)
-    return Heard(work, mdltool("train", "--recipe", "tiny_sound", *sets, *data).path, made["val"])
+        made[name] = mdltool("shard", work / "videos" / D / videos, *where, *words).path
+    sets = [w for key in (*FEW, f"domains.{OTHER}={{}}") for w in ("--set", key)]
+    data = ("--work", work, "--workers", 0)
+    return Heard(work, mdltool("train", "--recipe", "tiny_sound", *sets, *data).path, made[f"{D}-val"])
 
 
-def add(heard: Heard, mdltool: Callable[..., Ran], model: Path, out: Path, *words: object) -> Ran:
-    data = ("--data", f"{D}={heard.work / 'train'}", "--work", heard.work, "--workers", 0)
-    return mdltool("add-modality", model, *data, "--out", out, *words)
+def shards(heard: Heard, domain: str = D) -> tuple[str, str]:
+    return "--data", f"{domain}={heard.work / 'shards' / f'{domain}-train'}"
+
+
+def add(heard: Heard, mdltool: Callable[..., Ran], model: Path, out: Path, *words: object, domain: str = D) -> Ran:
+    where = ("--work", heard.work, "--workers", 0, "--out", out)
+    return mdltool("add-modality", model, *shards(heard, domain), *where, *words)
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +122,8 @@ def test_the_first_modality_leaves_every_tensor_and_every_silent_clip_as_it_was(
     before, after = old.tensors(), new.tensors()
     assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
     assert torch.equal(logits(old), logits(new))
+    x, _ = clips(new)
+    assert torch.equal(old(x, OTHER), new(x, OTHER))
     assert not torch.equal(logits(new), logits(new, "audio")), "two updates have moved what began at 0"
     added = {key for key in after if key not in before}
     assert any("+caa/" in key for key in added)
@@ -211,7 +237,7 @@ def test_a_model_without_vision_adapters_is_refused(
     heard: Heard, mdltool: Callable[..., Ran], tmp_path: Path
 ) -> None:
     sets = [w for key in (*FEW, "adapters=[]") for w in ("--set", key)]
-    data = ("--data", f"{D}={heard.work / 'train'}", "--workers", 0, "--out", tmp_path / "plain")
+    data = (*shards(heard), "--workers", 0, "--out", tmp_path / "plain")
     plain = mdltool("train", "--recipe", "tiny_sound", *sets, *data).path
     ran = add(heard, mdltool, plain, tmp_path / "none", "--modality", "audio")
     assert ran.code == 1
@@ -226,3 +252,84 @@ def test_a_compressed_model_gains_a_modality(heard: Heard, mdltool: Callable[...
     assert torch.equal(logits(loaded(small)), logits(loaded(new)))
     content: dict[str, Any] = open_artifact(new).load_json("model.json")
     assert content["spec"]["factors"] == open_artifact(small).load_json("model.json")["spec"]["factors"]
+
+
+def test_without_data_the_domains_that_cannot_gain_it_stay(
+    heard: Heard, with_audio: Path, mdltool: Callable[..., Ran], tmp_path: Path
+) -> None:
+    where = ("--work", heard.work, "--workers", 0, "--set", "train.steps.0.updates=1")
+    ran = mdltool("add-modality", with_audio, "--modality", "text", *where, "--out", tmp_path / "m")
+    assert f"{OTHER} stays as it is: the shards of '{OTHER}' have no text (they have audio)" in ran.err
+    new = loaded(ran.path)
+    assert {domain: list(streams) for domain, streams in new.spec.streams.items()} == {D: ["audio", "text"]}
+
+
+def test_domains_that_share_gain_it_one_after_the_other(
+    heard: Heard, mdltool: Callable[..., Ran], tmp_path: Path
+) -> None:
+    sets = [w for key in (*SMALL, SHARED) for w in ("--set", key)]
+    first = add(heard, mdltool, heard.model, tmp_path / "first", "--modality", "audio", *sets).path
+    old = loaded(first)
+    assert any(key.startswith("shared/") and "+caa/" in key for key in old.tensors())
+    assert torch.equal(logits(old), logits(loaded(heard.model)))
+    assert not torch.equal(logits(old, "audio"), logits(old))
+    words = ("--modality", "audio", "--set", "train.steps.0.updates=2")
+    ran = add(heard, mdltool, first, tmp_path / "none", *words, domain=OTHER)
+    assert (ran.code, "which has audio already" in ran.err) == (1, True)
+    new = loaded(add(heard, mdltool, first, tmp_path / "new", *words, "--train-head", domain=OTHER).path)
+    before, after = old.tensors(), new.tensors()
+    changed = {key for key, tensor in before.items() if not torch.equal(after[key], tensor)}
+    assert changed == {f"{OTHER}/head/weight", f"{OTHER}/head/bias"}
+    x, streams = clips(new, "audio")
+    assert not torch.equal(new(x, OTHER, streams), new(x, OTHER))
+
+
+def test_a_domain_takes_its_streams_out_and_in_again(
+    heard: Heard, with_audio: Path, mdltool: Callable[..., Ran], tmp_path: Path
+) -> None:
+    where = ("--work", heard.work)
+    pack = mdltool("model", "split", D, with_audio, *where, "--out", tmp_path / "pack").path
+    without = mdltool("model", "rm", D, with_audio, *where, "--out", tmp_path / "without").path
+    merged = mdltool("model", "merge", pack, without, *where, "--out", tmp_path / "merged").path
+    recipe = open_artifact(merged).load_json("model.json")["recipe"]
+    assert {name: part["streams"] for name, part in recipe["domains"].items()} == {OTHER: [], D: ["audio"]}
+    scores = []
+    for model in (with_audio, merged):
+        data = ("--data", f"{D}={heard.val}", "--workers", 0, "--out", tmp_path / f"eval-{model.name}")
+        scores.append((mdltool("eval", model, *data, *where).path / "scores.parquet").read_bytes())
+    assert scores[0] == scores[1]
+
+
+def test_it_stops_and_goes_on(
+    heard: Heard, with_audio: Path, mdltool: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update = MetricsLog.update
+
+    def stop(self: MetricsLog, number: int, *rest: Any) -> None:
+        update(self, number, *rest)
+        if number == 1:  # seen in the next update
+            signal.raise_signal(signal.SIGUSR1)
+
+    words = ("--modality", "audio", *(w for key in (*SMALL, "train.steps.0.updates=3") for w in ("--set", key)))
+    whole = loaded(add(heard, mdltool, heard.model, tmp_path / "whole", *words).path).tensors()
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "update", stop)
+        assert add(heard, mdltool, heard.model, tmp_path / "parts", *words).code == 75
+    parts = loaded(add(heard, mdltool, heard.model, tmp_path / "parts", *words, "--resume").path).tensors()
+    assert all(torch.equal(parts[key], tensor) for key, tensor in whole.items())
+
+
+@pytest.mark.full
+def test_two_processes_add_it_as_one(heard: Heard, mdltool: Callable[..., Ran], tmp_path: Path) -> None:
+    sets = (*SMALL, "train.steps.0.optimizer={name: sgd, lr: 0.1}")
+    words = ["--modality", "audio", *(w for key in sets for w in ("--set", key))]
+    one = loaded(add(heard, mdltool, heard.model, tmp_path / "one", *words).path).tensors()
+    where = (*shards(heard), "--work", heard.work, "--workers", 0, "--out", tmp_path / "two")
+    processes = start(2, "mdltool", "add-modality", heard.model, *where, *words)
+    ended = [(*process.communicate(timeout=120), process.returncode) for process in processes]
+    assert [code for *_, code in ended] == [0, 0], ended
+    two = loaded(tmp_path / "two").tensors()
+    for key, expected in one.items():
+        torch.testing.assert_close(two[key], expected, rtol=1e-3, atol=1e-5, msg=key)
+    before = loaded(heard.model).tensors()
+    assert all(torch.equal(two[key], tensor) for key, tensor in before.items())
