@@ -35,6 +35,7 @@ TIERS = (
 )
 TIER = {name: number for number, tier in enumerate(TIERS) for name in tier}
 HELPERS = {
+    "begin_streams",
     "modalities",
     "plan",
     "fitting",

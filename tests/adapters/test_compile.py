@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from tests.adapters.streams import BOTH, both, clips, stream_model, stream_spec
 from tests.adapters.test_contract import PAIRS, clip, make, randomise
 
 # Families that need their own kernels compiled: one adapter each goes through inductor.
@@ -68,4 +71,18 @@ def test_inductor_compiles_one_of_each_family(adapter: str, backbone: str) -> No
     x = clip(model)
     compiled = torch.compile(model, fullgraph=True)
     torch.testing.assert_close(compiled(x, "a"), model(x, "a"), rtol=1e-3, atol=1e-3)
+    torch._dynamo.reset()
+
+
+def test_cross_attention_compiles_with_streams() -> None:
+    """The network behind the streams' way to it, which is Python: clips with other streams are other graphs."""
+    torch._dynamo.reset()
+    model, expected = (stream_model(stream_spec("clip_vit_tiny", {"a": BOTH})).float() for _ in range(2))
+    model.backbone.compile(backend="aot_eager", fullgraph=True)
+    x = clips(model.spec).float()
+    streams = {n: replace(s, tokens_BMD=s.tokens_BMD.float()) for n, s in both(2, 1, 0).items()}
+    with torch.no_grad():
+        found = model(x, "a", streams)
+        torch.testing.assert_close(found, expected(x, "a", streams), rtol=1e-4, atol=1e-4)
+        assert not torch.equal(found, expected(x, "a"))
     torch._dynamo.reset()

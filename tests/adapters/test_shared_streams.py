@@ -199,9 +199,8 @@ def test_the_only_domain_with_streams_leaves_a_compressed_model() -> None:
     assert torch.equal(again(x, "b"), smaller(x, "b"))
 
 
-@pytest.mark.parametrize("kind", ["plain", "shared", "compressed"])
+@pytest.mark.parametrize("kind", ["shared", "compressed"])
 def test_new_streams_begin_as_those_of_any_model(kind: str) -> None:
-    """Of one whose domains share, and of one whose weights are products, as much as of a plain one."""
     share = {"share": ["a"]} if kind == "shared" else {}
     other = stream_model(stream_spec(streams={"a": {"audio": EMBEDDED["audio"]}}, **share).of(["a"]), seed=5)
     other = small(other) if kind == "compressed" else other
