@@ -270,7 +270,7 @@ def _tokens(content: bytes, width: int) -> np.ndarray:
         raise ValueError(f"{dtype} {list(shape)}, not float16 or float32 [M, {width}]")
     if by_columns or shape[0] * width * dtype.itemsize != len(content) - file.tell():
         raise ValueError(f"not the rows of {list(shape)} that it says")
-    return np.frombuffer(content, dtype, offset=file.tell()).reshape(shape)
+    return np.frombuffer(content, dtype, offset=file.tell()).reshape(-1, width)
 
 
 def _raw_size(member: Any) -> int:

@@ -171,3 +171,14 @@ def test_a_hostile_array_is_damage(
     monkeypatch.setattr(ShardIndex, "read", lambda *_: members)
     with pytest.raises(MdlError, match=rf"damaged: .*'audio'.* {what}"):
         index.clip_and_streams(0, {"audio": 3})
+
+
+@pytest.mark.parametrize("rows", ["0", "1", "True"])
+def test_what_numpy_reads_is_read(rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays = {"audio": [np.zeros((2, 3), np.float32)]}
+    index = ShardIndex.open(write_shards(tmp_path / "s", [b"video"], streams=dict(arrays)))
+    count = int(rows != "0")
+    content = npy(f"{{'descr': '<f2', 'fortran_order': False, 'shape': ({rows}, 3)}}", bytes(6 * count))
+    members = {**index.read(0), "audio.npy": content}
+    monkeypatch.setattr(ShardIndex, "read", lambda *_: members)
+    assert index.clip_and_streams(0, {"audio": 3})[2]["audio"].shape == (count, 3)
