@@ -149,8 +149,8 @@ class Site:
 
     path, kind, role, layer, block: as Place says. layout: the axes of the tensor that an adapter sees, e.g. "BCTHW"
     or a TokenGrid's layout. channels: size of C, of the input where `shape` is given. grid: (T, H, W) at the
-    configured clip shape. window: the (T, H, W) window of
-    the block's attention where it has one.
+    configured clip shape. window, shift: the (T, H, W) window of the block's attention where it has one, and how
+    far the windows are shifted where the map is larger than one.
     """
 
     name: str
@@ -164,6 +164,7 @@ class Site:
     block: str | None = None
     shape: ModuleShape | None = None
     window: tuple[int, int, int] | None = None
+    shift: tuple[int, int, int] = (0, 0, 0)
 
 
 @dataclass(frozen=True)

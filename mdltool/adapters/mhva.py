@@ -12,7 +12,7 @@ import math
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mdltool.adapters.base import Inner, TokenAdapter, TokenOptions
@@ -28,17 +28,25 @@ class MhvaOptions(TokenOptions):
     """heads: spatial chunks with weights of their own. r: bottleneck. at: beside which part of the block.
 
     chunk: which positions a head gets: bands in raster order, sets of attention windows, positions inside a window,
-    or rectangles (grid:2x4). cls: what the class token passes: head 0, a head of its own, or nothing. scale: a
-    learned number per block or per head, or fixed; it starts at scale_init.
+    or rectangles (grid:2x4). follow_shift: the windows are shifted where the block's attention shifts them. cls:
+    what the class token passes: head 0, a head of its own, or nothing. scale: a learned number per block or per
+    head, or fixed; it starts at scale_init.
     """
 
     heads: Annotated[int, Field(ge=1)] = 7
     r: Annotated[int, Field(ge=1)] = 64
     at: Literal["mlp", "attn", "both"] = "mlp"
     chunk: Chunk = "raster"
+    follow_shift: bool = False
     cls: Literal["head0", "own", "skip"] = "head0"
     scale: Literal["block", "head", "fixed"] = "block"
     scale_init: float = 4.0
+
+    @model_validator(mode="after")
+    def _fits(self) -> MhvaOptions:
+        if self.follow_shift and self.chunk != "windows":
+            raise ValueError("follow_shift is of chunk: windows")
+        return self
 
 
 class MhvaAdapter(TokenAdapter):
@@ -62,6 +70,7 @@ class MhvaAdapter(TokenAdapter):
             )
         channels, r = site.channels, options.r
         self._chunk, self._cls, self._window = options.chunk, options.cls, site.window
+        self._shift = site.shift if options.follow_shift else (0, 0, 0)
         self.bottleneck_width = r
         self._heads = options.heads
         if options.chunk == "windows":  # no more heads than windows of the configured clip (spec cm3t 3.3)
@@ -112,7 +121,7 @@ class MhvaAdapter(TokenAdapter):
     ) -> Tensor:
         """Every token through the linear map of its head, in the layout of x."""
         class_BTI, patches_BTHWI = grid.split(x)
-        order, counts = _chunks(self._chunk, self._heads, grid, self._window, x.device)
+        order, counts = _chunks(self._chunk, self._heads, grid, self._window, self._shift, x.device)
         x_BTPI = patches_BTHWI.flatten(2, 3)
         if self._chunk == "windows":
             x_BTPI = x_BTPI.flatten(1, 2).unsqueeze(1)
@@ -170,7 +179,12 @@ def _windows(size: tuple[int, int, int], window: tuple[int, int, int] | None) ->
 
 
 def _chunks(
-    chunk: str, heads: int, grid: TokenGrid, window: tuple[int, int, int] | None, device: torch.device
+    chunk: str,
+    heads: int,
+    grid: TokenGrid,
+    window: tuple[int, int, int] | None,
+    shift: tuple[int, int, int],
+    device: torch.device,
 ) -> tuple[Tensor | None, list[int]]:
     """The order that brings each head's positions together (None: as they are), and how many each has.
 
@@ -182,7 +196,10 @@ def _chunks(
         return None, [end - begin for begin, end in itertools.pairwise(ends)]
     if chunk == "windows":
         fitted, parts = _windows(size, window)
-        axes = [[i // w for i in range(n)] for n, w in zip(size, fitted, strict=True)]
+        # As the attention rolls the padded map, but along an axis that is one window.
+        rolled = [s if p > 1 else 0 for s, p in zip(shift, parts, strict=True)]
+        lengths = zip(size, fitted, parts, rolled, strict=True)
+        axes = [[(i - s) % (p * w) // w for i in range(n)] for n, w, p, s in lengths]
     elif chunk == "in_window":
         fitted, _ = _windows((1, *size[1:]), window)
         parts, axes = fitted, [[i % w for i in range(n)] for n, w in zip((1, *size[1:]), fitted, strict=True)]

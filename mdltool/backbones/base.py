@@ -101,8 +101,11 @@ class Backbone(nn.Module, ABC):
             replace(dry.net, place.path, probes[name])
         dry(torch.empty(1, 3, self.num_frames, self.crop, self.crop, device="meta"))
         found = {name: probes[name].site(name, place) for name, place in wanted.items()}
-        windows = {site.block: site.window for site in found.values() if site.window is not None}
-        return {name: dataclasses.replace(site, window=windows.get(site.block)) for name, site in found.items()}
+        windows = {site.block: (site.window, site.shift) for site in found.values() if site.window is not None}
+        for name, site in found.items():
+            window, shift = windows.get(site.block, (None, site.shift))
+            found[name] = dataclasses.replace(site, window=window, shift=shift)
+        return found
 
     def take_classifier(self, key: str) -> None:
         """Move the linear layer at module path `key` out of `net` into `classifier`."""
@@ -169,7 +172,7 @@ class _Probe(Wrapper):
     def site(self, name: str, place: Place) -> Site:
         """The site with the shape that passed. Raises MdlError where no tensor of a known layout did."""
         module: nn.Module = self.inner
-        window = getattr(module, "window", None)
+        windows = getattr(module, "window", None), getattr(module, "shift", (0, 0, 0))
         while isinstance(module, Wrapper):
             module = module.inner
         shape, tokens, layer = self.shape or (), self._tokens, None
@@ -193,4 +196,5 @@ class _Probe(Wrapper):
             channels = module.in_features
             layer = ModuleShape(module.out_features, parts=3 if place.role == "qkv" else 1)
         at = (place.role, place.layer, place.block)
-        return Site(name, place.path, place.kind, layout, channels, (grid[0], grid[1], grid[2]), *at, layer, window)
+        size = (grid[0], grid[1], grid[2])
+        return Site(name, place.path, place.kind, layout, channels, size, *at, layer, *windows)

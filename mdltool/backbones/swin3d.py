@@ -34,6 +34,8 @@ class WindowAttention(OpenAttention):
         super().__init__(inner)
         window: Any = inner.window_size
         self.window = (window[0], window[1], window[2])
+        shift: Any = inner.shift_size
+        self.shift = (shift[0], shift[1], shift[2])
 
     def forward(
         self,

@@ -50,10 +50,11 @@ class Names:
 class OpenAttention(Wrapper):
     """A library's self-attention, restated so that learned prefix tokens can join keys and values.
 
-    window: the (T, H, W) window of a windowed attention.
+    window, shift: the (T, H, W) window of a windowed attention, and how far it is shifted.
     """
 
     window: tuple[int, int, int] | None = None
+    shift: tuple[int, int, int] = (0, 0, 0)
 
     @abstractmethod
     def forward(
@@ -210,6 +211,10 @@ class OpenDropped(Dropped):
     @property
     def window(self) -> tuple[int, int, int] | None:
         return self.inner.window
+
+    @property
+    def shift(self) -> tuple[int, int, int]:
+        return self.inner.shift
 
 
 def block_places(path: str, layer: int, names: Names, stage: int = 0) -> dict[str, Place]:

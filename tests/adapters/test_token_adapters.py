@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mdltool.adapters import ADAPTERS
+from mdltool.adapters.mhva import MhvaAdapter, MhvaOptions
 from mdltool.backbones.transformer import Prefix, attend
 from mdltool.model import MultiDomainModel
-from mdltool.model_spec import AdapterSpec
+from mdltool.model_spec import AdapterSpec, ModelSpec, build_backbone
 from mdltool.types import Site
 from mdltool.wrapping import TokenGrid, detach, library_modules
 from tests.models import clips, tiny_model
@@ -128,6 +129,25 @@ def test_windows_divide_time_and_cap_the_heads() -> None:
     assert torch.equal(found, (expected * 4 / 6).floor())
     few = adapter("mhva", 1, "grid", (8, 7, 7), (16, 7, 7), heads=8, chunk="windows")
     assert len(few.up) == 2
+
+
+def test_windows_may_follow_the_shift_of_the_attention() -> None:
+    """Spec cm3t 3.3: the padded map, rolled as for the attention, has whole windows of one head each."""
+    spec = ModelSpec("swin3d_tiny", {}, 8, 32, {}, [])
+    sites = build_backbone(spec).sites()
+    assert [sites[f"block{i}.mlp"].shift for i in (1, 2)] == [(0, 0, 0), (1, 1, 1)]
+    assert sites["block2.mlp"].window == (2, 3, 3)
+    options = MhvaOptions(heads=4, r=1, chunk="windows", scale="fixed", scale_init=1.0, follow_shift=True)
+    site = Site("here", "here", "mlp", "grid", 1, (3, 5, 4), window=(2, 3, 3), shift=(1, 1, 1))
+    made = MhvaAdapter(site, options)
+    made.up_bias.data.copy_(torch.arange(4.0)[:, None])
+    found = made.adapt(torch.ones(1, 3, 5, 4, 1), TokenGrid(3, 5, 4, "grid"))[0, ..., 0].detach()
+    padded = nn.functional.pad(found, (0, 2, 0, 1, 0, 1), value=-1).roll((-1, -1, -1), (0, 1, 2))
+    windows = padded.unflatten(2, (2, 3)).unflatten(1, (2, 3)).unflatten(0, (2, 2)).permute(0, 2, 4, 1, 3, 5)
+    heads = [set(window.flatten().tolist()) - {-1} for window in windows.flatten(0, 2)]
+    assert heads == [{number // 2} for number in range(8)]
+    with pytest.raises(ValueError, match="follow_shift is of chunk: windows"):
+        MhvaOptions(follow_shift=True)
 
 
 @pytest.mark.parametrize(("chunk", "heads", "window", "rows"), MAPS)
