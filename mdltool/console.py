@@ -89,23 +89,23 @@ def _is_number(cell: Any) -> bool:
 
 
 @contextmanager
-def progress(label: str, total: int | None, unit: str = "clips") -> Iterator[Callable[..., None]]:
+def progress(label: str, total: int | None, unit: str = "clips", before: int = 0) -> Iterator[Callable[..., None]]:
     """A progress bar with rate and time left; plain lines where stderr is not a terminal.
 
-    Yields `advance(n=1, note="")`.
+    before: how many of the total an earlier run did, which the rate leaves out. Yields `advance(n=1, note="")`.
     """
     if not _is_first():
         yield lambda n=1, note="": None
     elif sys.stderr.isatty():
-        with _rich_progress(label, total, unit) as advance:
+        with _rich_progress(label, total, unit, before) as advance:
             yield advance
     else:
-        with _plain_progress(label, total, unit) as advance:
+        with _plain_progress(label, total, unit, before) as advance:
             yield advance
 
 
 @contextmanager
-def _rich_progress(label: str, total: int | None, unit: str) -> Iterator[Callable[..., None]]:
+def _rich_progress(label: str, total: int | None, unit: str, before: int) -> Iterator[Callable[..., None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
@@ -117,7 +117,7 @@ def _rich_progress(label: str, total: int | None, unit: str) -> Iterator[Callabl
         TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=_stderr(), transient=True) as bar:
-        task = bar.add_task(label, total=total, rate="", note="")
+        task = bar.add_task(label, total=total, completed=before, rate="", note="")
         started, done = time.monotonic(), 0
 
         def advance(n: int = 1, note: str = "") -> None:
@@ -130,7 +130,7 @@ def _rich_progress(label: str, total: int | None, unit: str) -> Iterator[Callabl
 
 
 @contextmanager
-def _plain_progress(label: str, total: int | None, unit: str) -> Iterator[Callable[..., None]]:
+def _plain_progress(label: str, total: int | None, unit: str, before: int) -> Iterator[Callable[..., None]]:
     started = last = time.monotonic()
     done = 0
 
@@ -141,7 +141,8 @@ def _plain_progress(label: str, total: int | None, unit: str) -> Iterator[Callab
         if now - last >= _PLAIN_SECONDS:
             last = now
             rate = done / (now - started)
-            left = f", {(total - done) / rate:.0f} s left" if total and rate else ""
-            say(f"{label}: {done}/{total or '?'} {unit}, {rate:.1f} {unit}/s{left} {note}".rstrip())
+            reached = before + done
+            left = f", {(total - reached) / rate:.0f} s left" if total and rate else ""
+            say(f"{label}: {reached}/{total or '?'} {unit}, {rate:.1f} {unit}/s{left} {note}".rstrip())
 
     yield advance

@@ -232,18 +232,17 @@ def _place(response: Any, part: _Part, start: int) -> int | None:
 
 
 def _receive(url: str, response: Any, part: _Part, total: int | None) -> None:
-    start = part.size
-    left = None if total is None else total - start
     label = f"download {Path(urllib.parse.urlsplit(url).path).name}"
-    with console.progress(label, None if left is None else -(-left // 1_000_000), unit="MB") as advance:
+    megabytes = None if total is None else -(-total // 1_000_000)
+    with console.progress(label, megabytes, unit="MB", before=part.size // 1_000_000) as advance:
         while data := response.read(_CHUNK):
-            done = (part.size - start) // 1_000_000
+            done = part.size // 1_000_000
             try:
                 part.handle.write(data)
                 part.handle.flush()  # a killed process leaves what has arrived
             except OSError as error:
                 raise _unwritable(part.path, error) from None
-            advance((part.size - start) // 1_000_000 - done)
+            advance(part.size // 1_000_000 - done)
     if total is not None and part.size < total:
         raise _Cut(f"the connection was cut at {part.size / 1e6:.1f} of {total / 1e6:.1f} MB")
     if total is not None and part.size > total:

@@ -77,8 +77,9 @@ class Trainer:
             self._restore(*self._restored)
         self._start_together()
         log = MetricsLog(self.folder, self.progress.update, self.run_parts.accelerator, self.world)
+        bar = console.progress("train", self.spec.total_updates, "updates", before=self.progress.update)
         try:
-            with stop_signals() as stopped, self._bar() as advance:
+            with stop_signals() as stopped, bar as advance:
                 self._run_steps(log, stopped, advance)
             if self.spec.bn == "recalibrate":
                 self._recalibrate()
@@ -114,12 +115,6 @@ class Trainer:
         """The updates after which the run is validated; each has a checkpoint, written before."""
         every = 0 if self.spec.bn == "recalibrate" else self.spec.val_every
         return range(every, self.spec.total_updates + 1, every) if every else range(0)
-
-    @contextlib.contextmanager
-    def _bar(self) -> Iterator[Callable[..., None]]:
-        with console.progress("train", self.spec.total_updates, "updates") as advance:
-            advance(self.progress.update)
-            yield advance
 
     def _run_steps(self, log: MetricsLog, stopped: Callable[[], bool], advance: Callable[..., None]) -> None:
         batches = iter(self.run_parts.loader(self.progress.update))
