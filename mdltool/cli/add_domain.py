@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mdltool.cli import options
-from mdltool.cli.train import Resume
 from mdltool.errors import MdlError
 
 
@@ -18,15 +16,13 @@ def register(app: typer.Typer) -> None:
 
 
 def add_domain(
-    model: Annotated[
-        Path | None, typer.Argument(help="A model artifact (default: piped, or the latest).", metavar="[MODEL]")
-    ] = None,
+    model: options.Model = None,
     data: options.Data = None,
     init_from: Annotated[
         str | None, typer.Option("--init-from", help="Start as this domain of the model instead of afresh.")
     ] = None,
     overrides: options.Set = None,
-    resume: Resume = False,
+    resume: options.Resume = False,
     workers: options.Workers = None,
     work: options.Work = None,
     out: options.Out = None,
@@ -39,7 +35,7 @@ def add_domain(
     """
     from mdltool import console
     from mdltool.artifact import work_dir
-    from mdltool.cli.inputs import default_workers, resolve, shards_for
+    from mdltool.cli.inputs import resolve, shards_for, usable_workers
 
     domains = {entry.partition("=")[0] for entry in data or ()}
     if len(domains) != 1:
@@ -52,7 +48,7 @@ def add_domain(
     from mdltool.stages import add_domain as stage
 
     target = out or place / "model" / f"{source.path.resolve().name}+{domain}"
-    count = default_workers() if workers is None else workers
+    count = usable_workers(workers)
     artifact = stage.run(
         source,
         domain,

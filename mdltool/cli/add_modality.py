@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mdltool.cli import options
-from mdltool.cli.train import Resume
 from mdltool.errors import MdlError
 
 if TYPE_CHECKING:
@@ -17,6 +15,14 @@ if TYPE_CHECKING:
 Modality = Annotated[
     list[str], typer.Option("--modality", help="audio, flow, text, or a stream's name; repeat it.", metavar="M")
 ]
+Plan = Annotated[
+    str | None, typer.Option("--recipe", help="Take streams, cross-attention and training from this recipe.")
+]
+InitFrom = Annotated[
+    str | None,
+    typer.Option("--init-from", help="Start as the streams of this domain of a model.", metavar="MODEL:DOMAIN"),
+]
+TrainHead = Annotated[bool, typer.Option("--train-head", help="Train the heads beside the new streams.")]
 EndToEnd = Annotated[
     bool, typer.Option("--end-to-end", help="Train all adapters and the head of the domains together.")
 ]
@@ -28,24 +34,15 @@ def register(app: typer.Typer) -> None:
 
 
 def add_modality(
-    model: Annotated[
-        Path | None, typer.Argument(help="A model artifact (default: piped, or the latest).", metavar="[MODEL]")
-    ] = None,
+    model: options.Model = None,
     modality: Modality = [],  # noqa: B006 - typer copies it
     data: options.Data = None,
-    recipe: Annotated[
-        str | None, typer.Option("--recipe", help="Take streams, cross-attention and training from this recipe.")
-    ] = None,
-    init_from: Annotated[
-        str | None,
-        typer.Option("--init-from", help="Start as the streams of this domain of a model.", metavar="MODEL:DOMAIN"),
-    ] = None,
+    recipe: Plan = None,
+    init_from: InitFrom = None,
     end_to_end: EndToEnd = False,
-    train_head: Annotated[
-        bool, typer.Option("--train-head", help="Train the heads beside the new streams.")
-    ] = False,
+    train_head: TrainHead = False,
     overrides: options.Set = None,
-    resume: Resume = False,
+    resume: options.Resume = False,
     workers: options.Workers = None,
     work: options.Work = None,
     out: options.Out = None,
@@ -57,7 +54,7 @@ def add_modality(
     """
     from mdltool import console
     from mdltool.artifact import work_dir
-    from mdltool.cli.inputs import default_workers, resolve, shards_for
+    from mdltool.cli.inputs import resolve, shards_for, usable_workers
     from mdltool.recipe import load
     from mdltool.stages.modalities import Wanted
 
@@ -84,7 +81,7 @@ def add_modality(
         work=place,
         start=_start(init_from),
         resume=resume,
-        workers=default_workers() if workers is None else workers,
+        workers=usable_workers(workers),
     )
     console.emit(artifact, as_json)
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mdltool.cli import options
-from mdltool.cli.train import Resume
 from mdltool.errors import MdlError
 
 if TYPE_CHECKING:
@@ -218,7 +217,7 @@ def pretrain(
         int | None, typer.Option("--classes", help="So many of the data's classes, drawn by the seed.", metavar="N")
     ] = None,
     overrides: options.Set = None,
-    resume: Resume = False,
+    resume: options.Resume = False,
     workers: options.Workers = None,
     work: options.Work = None,
     out: options.Out = None,
@@ -231,7 +230,7 @@ def pretrain(
     """
     from mdltool import console
     from mdltool.artifact import work_dir
-    from mdltool.cli.inputs import default_workers, piped_shards, shards_for
+    from mdltool.cli.inputs import piped_shards, shards_for, usable_workers
     from mdltool.recipe import rename_domain
 
     loaded = _with_adapters(recipe, overrides or [], adapters)
@@ -247,7 +246,7 @@ def pretrain(
 
     suffix = ("-series" if loaded.adapters else "") + (f"-{classes}classes" if classes is not None else "")
     target = out or place / "backbone" / f"{loaded.backbone.name}-{domain}{suffix}"
-    count = default_workers() if workers is None else workers
+    count = usable_workers(workers)
     artifact = stage.pretrain(loaded, shards, target, classes=classes, resume=resume, workers=count)
     console.emit(artifact, as_json)
 

@@ -2,17 +2,113 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mdltool.cli import options
-from mdltool.cli.train import Resume
 from mdltool.errors import MdlError
 
 if TYPE_CHECKING:
     from mdltool.artifact import Artifact
+    from mdltool.stages.compression import Amount, Finetune
+
+_MODES = ("per_domain", "stacked")
+_SCOPES = ("joint", "worst")
+
+Rank = Annotated[
+    str | None, typer.Option("--rank", help="Components of every weight: a number, or a fraction such as 0.5.")
+]
+Energy = Annotated[
+    float | None, typer.Option("--energy", help="The fewest components that keep this part of the norm.")
+]
+Budget = Annotated[
+    str | None, typer.Option("--budget", help="The best within so many numbers: 300k, 1.2M, or 0.5x of dense.")
+]
+RankMode = Annotated[
+    str, typer.Option("--rank-mode", help="What a fraction is of: per_domain (one matrix) or stacked.")
+]
+EnergyScope = Annotated[str, typer.Option("--energy-scope", help="Whose norm: joint, or worst (of every domain).")]
+MinRank = Annotated[int, typer.Option("--min-rank", min=0, help="With --budget; 0 may drop an adapter.")]
+Independent = Annotated[bool, typer.Option("--independent", help="Each domain by itself: nothing is shared.")]
+Whitened = Annotated[
+    bool, typer.Option("--whiten", help="Least error of outputs on training clips, instead of weights.")
+]
+Batches = Annotated[int | None, typer.Option("--batches", min=1, help="With --whiten: of each domain (default 8).")]
+Swept = Annotated[
+    bool, typer.Option("--sweep", help="Score several ranks first: a table, sweep.csv and sweep.png.")
+]
+SweepRanks = Annotated[
+    str | None, typer.Option("--sweep-ranks", help="Which (default: 0.0625,0.125,0.25,0.375,0.5,0.625).")
+]
+Extend = Annotated[
+    str | None,
+    typer.Option("--extend", help="Add this model's new domain to a compressed model.", metavar="MODEL[:D]"),
+]
+Grow = Annotated[int, typer.Option("--grow", min=0, help="With --extend: so many more components of every weight.")]
+Updates = Annotated[
+    int | None, typer.Option("--finetune", min=1, help="Then train what is a domain's own for so many updates.")
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="svd.KEY=VALUE, or with --finetune a key of the recipe's training; repeat it.",
+        metavar="KEY=VALUE",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """How much is to be kept, in the words of the command line."""
+
+    rank: str | None
+    energy: float | None
+    budget: str | None
+    rank_mode: str
+    energy_scope: str
+    min_rank: int
+    independent: bool
+
+    def check(self, sweeps: bool, extends: bool) -> None:
+        """Raise MdlError unless it is said in one way, and for an option of an amount that is not given."""
+        for value, known, option in (
+            (self.rank_mode, _MODES, "--rank-mode"),
+            (self.energy_scope, _SCOPES, "--energy-scope"),
+        ):
+            if value not in known:
+                raise MdlError(f"'{value}' is not known", option, f"one of: {', '.join(known)}")
+        amounts = sum(value is not None for value in (self.rank, self.energy, self.budget))
+        if extends:
+            _refuse_settled(bool(amounts) or sweeps or self.independent, "--extend")
+        if not extends and (amounts > 1 or (amounts == 0 and not sweeps)):
+            fix = "e.g. --rank 0.5, or --sweep alone"
+            raise MdlError("say how much is to be kept, in one way", "--rank, --energy, --budget", fix)
+        if self.rank is not None:
+            _rank(self.rank)
+        fraction = sweeps or (self.rank is not None and not self.rank.isdigit())
+        _refuse_idle(self.rank_mode != "per_domain" and not fraction, "--rank-mode", "--rank FRACTION")
+        _refuse_idle(self.energy_scope != "joint" and self.energy is None, "--energy-scope", "--energy")
+        _refuse_idle(self.min_rank != 1 and self.budget is None, "--min-rank", "--budget")
+
+    def amount(self) -> Amount:
+        from mdltool.stages.compression import Amount
+
+        rank = _rank(self.rank) if self.rank is not None else None
+        scoped = (self.rank_mode, self.energy_scope, self.min_rank, self.independent)
+        return Amount(rank, self.energy, self.budget, *scoped)  # type: ignore[arg-type]
+
+    def label(self, whiten: bool, finetune: int | None) -> str:
+        """What an artifact's name says of the request: r0.5, e0.9-independent, b0.5x-whiten-ft200."""
+        energy = None if self.energy is None else f"{self.energy:g}"
+        named = (("r", self.rank), ("e", energy), ("b", self.budget))
+        amount = next((letter + value for letter, value in named if value is not None), "swept")
+        said = (("-independent", self.independent), ("-whiten", whiten), (f"-ft{finetune}", finetune))
+        return amount + "".join(words for words, given in said if given)
 
 
 def register(app: typer.Typer) -> None:
@@ -21,62 +117,24 @@ def register(app: typer.Typer) -> None:
 
 
 def compress(
-    model: Annotated[
-        Path | None, typer.Argument(help="A model artifact (default: piped, or the latest).", metavar="[MODEL]")
-    ] = None,
-    rank: Annotated[
-        str | None,
-        typer.Option("--rank", help="Components of every weight: a number, or a fraction such as 0.5."),
-    ] = None,
-    energy: Annotated[
-        float | None, typer.Option("--energy", help="The fewest components that keep this part of the norm.")
-    ] = None,
-    budget: Annotated[
-        str | None, typer.Option("--budget", help="The best within so many numbers: 300k, 1.2M, or 0.5x of dense.")
-    ] = None,
-    rank_mode: Annotated[
-        str, typer.Option("--rank-mode", help="What a fraction is of: per_domain (one matrix) or stacked.")
-    ] = "per_domain",
-    energy_scope: Annotated[
-        str, typer.Option("--energy-scope", help="Whose norm: joint, or worst (of every domain).")
-    ] = "joint",
-    min_rank: Annotated[int, typer.Option("--min-rank", min=0, help="With --budget; 0 may drop an adapter.")] = 1,
-    independent: Annotated[
-        bool, typer.Option("--independent", help="Each domain by itself: nothing is shared.")
-    ] = False,
-    whiten: Annotated[
-        bool, typer.Option("--whiten", help="Least error of outputs on training clips, instead of weights.")
-    ] = False,
-    batches: Annotated[
-        int | None, typer.Option("--batches", min=1, help="With --whiten: of each domain (default 8).")
-    ] = None,
-    sweep: Annotated[
-        bool, typer.Option("--sweep", help="Score several ranks first: a table, sweep.csv and sweep.png.")
-    ] = False,
-    sweep_ranks: Annotated[
-        str | None, typer.Option("--sweep-ranks", help="Which (default: 0.0625,0.125,0.25,0.375,0.5,0.625).")
-    ] = None,
-    extend: Annotated[
-        str | None,
-        typer.Option("--extend", help="Add this model's new domain to a compressed model.", metavar="MODEL[:D]"),
-    ] = None,
-    grow: Annotated[
-        int, typer.Option("--grow", min=0, help="With --extend: so many more components of every weight.")
-    ] = 0,
-    finetune: Annotated[
-        int | None,
-        typer.Option("--finetune", min=1, help="Then train what is a domain's own for so many updates."),
-    ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            help="svd.KEY=VALUE, or with --finetune a key of the recipe's training; repeat it.",
-            metavar="KEY=VALUE",
-        ),
-    ] = None,
+    model: options.Model = None,
+    rank: Rank = None,
+    energy: Energy = None,
+    budget: Budget = None,
+    rank_mode: RankMode = "per_domain",
+    energy_scope: EnergyScope = "joint",
+    min_rank: MinRank = 1,
+    independent: Independent = False,
+    whiten: Whitened = False,
+    batches: Batches = None,
+    sweep: Swept = False,
+    sweep_ranks: SweepRanks = None,
+    extend: Extend = None,
+    grow: Grow = 0,
+    finetune: Updates = None,
+    overrides: Set = None,
     data: options.Data = None,
-    resume: Resume = False,
+    resume: options.Resume = False,
     workers: options.Workers = None,
     work: options.Work = None,
     out: options.Out = None,
@@ -86,102 +144,124 @@ def compress(
 
     --finetune runs the last step of the model's own recipe with what domains share frozen; --set changes it.
     """
-    import os
+    kept = _Kept(rank, energy, budget, rank_mode, energy_scope, min_rank, independent)
+    sweeps = sweep or sweep_ranks is not None
+    kept.check(sweeps, extend is not None)
+    _refuse_idle(bool(grow) and extend is None, "--grow", "--extend MODEL")
+    _refuse_idle(batches is not None and not whiten, "--batches", "--whiten")
 
     from mdltool import console
     from mdltool.artifact import work_dir
-    from mdltool.cli.inputs import default_workers, resolve, shards_for
+    from mdltool.cli.inputs import resolve, usable_workers
 
-    for value, known, option in ((rank_mode, _MODES, "--rank-mode"), (energy_scope, _SCOPES, "--energy-scope")):
-        if value not in known:
-            raise MdlError(f"'{value}' is not known", option, f"one of: {', '.join(known)}")
-    amounts = sum(value is not None for value in (rank, energy, budget))
-    sweeps = sweep or sweep_ranks is not None
-    if extend is not None and (amounts or sweeps or independent or whiten):
-        raise MdlError(
-            "the compressed model settles the ranks", "--extend", "leave out all but --grow and --finetune"
-        )
-    if grow and extend is None:
-        raise MdlError("nothing is added to a compressed model", "--grow", "--extend MODEL")
-    if extend is None and (amounts > 1 or (amounts == 0 and not sweeps)):
-        fix = "e.g. --rank 0.5, or --sweep alone"
-        raise MdlError("say how much is to be kept, in one way", "--rank, --energy, --budget", fix)
-    if batches is not None and not whiten:
-        raise MdlError("this option does nothing without --whiten", "--batches", "add --whiten, or leave it out")
-    _refuse_idle(rank, energy, budget, rank_mode, energy_scope, min_rank, sweeps)
-    place = work_dir(work)
-    parsed = _rank(rank) if rank is not None else None
+    place, count = work_dir(work), usable_workers(workers)
     source = resolve(model, "model", place)
-
-    from mdltool.stages import compress as stage
-    from mdltool.stages.compression import Amount, Finetune, Svd, parse_svd
-    from mdltool.stages.sweeping import RANKS, Sweep, parse_ranks
-    from mdltool.stages.whitening import Whiten
-
-    svd, rest = parse_svd(overrides or ())
-    if finetune is None and (rest or svd.train_shared or (data and not sweeps and not whiten)):
-        given = f"--set {rest[0]}" if rest else "--set svd.train_shared" if svd.train_shared else "--data"
-        raise MdlError("nothing is trained", given, "add --finetune UPDATES")
-    if extend is not None and svd != Svd():
-        raise MdlError("the compressed model settles its decomposition", "--set svd", "leave it out")
-    count = default_workers() if workers is None else workers
-    domains = list(source.load_json("model.json")["domains"])
-    name = source.path.resolve().name
+    training = _Training(data, tuple(overrides or ()), finetune, resume, count, place)
     if extend is not None:
-        other, domain = _other(extend)
-        shards = shards_for(data, place, [domain or _new(other, domains)], ("train", "val")) if finetune else []
-        training = Finetune(finetune, shards, rest, resume, count) if finetune is not None else None
-        from mdltool.stages import extend as extending
-
-        target = out or place / "model" / f"{name}+{domain or _new(other, domains)}{f'-g{grow}' if grow else ''}"
-        added = extending.run(source, other, domain, target, work=place, grow=grow, finetune=training)
-        console.emit(added, as_json)
+        _refuse_settled(whiten, "--whiten")
+        console.emit(_extended(source, extend, grow, training, out), as_json)
         return
-    ranks = parse_ranks(sweep_ranks) if sweep_ranks is not None else RANKS
-    splits = (("train",) if finetune or whiten else ()) + (("val",) if finetune or sweeps else ())
-    shards = shards_for(data, place, domains, splits) if splits else []
-    training = Finetune(finetune, shards, rest, resume, count) if finetune is not None else None
-    amount = Amount(parsed, energy, budget, rank_mode, energy_scope, min_rank, independent)  # type: ignore[arg-type]
-    label = _label(rank, energy, budget, independent, whiten, finetune)
-    calibration = [s for s in shards if s.summary.get("split") == "train"] if whiten else []
-    swept = Sweep(shards, ranks, count) if sweeps else None
-    artifact = stage.run(
-        source,
-        amount,
-        out or place / "model" / f"{name}-{label}",
-        work=place,
-        svd=svd,
-        finetune=training,
-        sweep=swept,
-        whiten=Whiten(calibration, batches or 8, count) if whiten else None,
-    )
+    ranks = (sweep_ranks or "") if sweeps else None
+    artifact = _compressed(source, kept, training, ranks, batches or 8 if whiten else None, out)
     if int(os.environ.get("RANK", "0")) == 0:
         show(artifact)
     console.emit(artifact, as_json)
 
 
-def _refuse_idle(
-    rank: str | None,
-    energy: float | None,
-    budget: str | None,
-    rank_mode: str,
-    energy_scope: str,
-    min_rank: int,
-    sweeps: bool,
-) -> None:
-    """Raise MdlError for an option that says something of an amount that is not given."""
-    fraction = sweeps or (rank is not None and not rank.isdigit())
-    for idle, option, of in (
-        (rank_mode != "per_domain" and not fraction, "--rank-mode", "--rank FRACTION"),
-        (energy_scope != "joint" and energy is None, "--energy-scope", "--energy"),
-        (min_rank != 1 and budget is None, "--min-rank", "--budget"),
-    ):
-        if idle:
-            raise MdlError(f"this option does nothing without {of}", option, f"add {of}, or leave it out")
+@dataclass(frozen=True)
+class _Training:
+    """What --finetune, a sweep and whitening need."""
+
+    data: list[str] | None
+    overrides: tuple[str, ...]
+    updates: int | None
+    resume: bool
+    workers: int
+    work: Path
+
+    def shards(self, domains: list[str], splits: tuple[str, ...]) -> list[Artifact]:
+        from mdltool.cli.inputs import shards_for
+
+        return shards_for(self.data, self.work, domains, splits) if splits else []
+
+    def finetune(self, shards: list[Artifact], rest: list[str]) -> Finetune | None:
+        """rest: overrides of the recipe's training."""
+        from mdltool.stages.compression import Finetune
+
+        if self.updates is None:
+            return None
+        return Finetune(self.updates, shards, rest, self.resume, self.workers)
+
+    def check(self, rest: list[str], train_shared: bool, data_is_read: bool) -> None:
+        """Raise MdlError for what only a training would use, where there is none."""
+        given = f"--set {rest[0]}" if rest else "--set svd.train_shared" if train_shared else "--data"
+        idle = bool(rest) or train_shared or (bool(self.data) and not data_is_read)
+        if self.updates is None and idle:
+            raise MdlError("nothing is trained", given, "add --finetune UPDATES")
 
 
-_MODES = ("per_domain", "stacked")
-_SCOPES = ("joint", "worst")
+def _compressed(
+    source: Artifact, kept: _Kept, training: _Training, sweep: str | None, whiten: int | None, out: Path | None
+) -> Artifact:
+    """sweep: ranks to score first, "" for the usual ones. whiten: batches of each domain."""
+    from mdltool.stages import compress as stage
+    from mdltool.stages.compression import parse_svd
+    from mdltool.stages.sweeping import RANKS, Sweep, parse_ranks
+    from mdltool.stages.whitening import Whiten
+
+    svd, rest = parse_svd(training.overrides)
+    training.check(rest, svd.train_shared, sweep is not None or whiten is not None)
+    ranks = parse_ranks(sweep) if sweep else RANKS
+    tunes = training.updates is not None
+    splits = ("train",) * (tunes or whiten is not None) + ("val",) * (tunes or sweep is not None)
+    shards = training.shards(list(source.load_json("model.json")["domains"]), splits)
+    calibration = [part for part in shards if part.summary.get("split") == "train"]
+    label = kept.label(whiten is not None, training.updates)
+    return stage.run(
+        source,
+        kept.amount(),
+        out or training.work / "model" / f"{source.path.resolve().name}-{label}",
+        work=training.work,
+        svd=svd,
+        finetune=training.finetune(shards, rest),
+        sweep=Sweep(shards, ranks, training.workers) if sweep is not None else None,
+        whiten=Whiten(calibration, whiten, training.workers) if whiten is not None else None,
+    )
+
+
+def _extended(source: Artifact, text: str, grow: int, training: _Training, out: Path | None) -> Artifact:
+    """text: MODEL or MODEL:DOMAIN, whose domain is added."""
+    from mdltool.stages import extend as stage
+    from mdltool.stages.compression import Svd, parse_svd
+
+    svd, rest = parse_svd(training.overrides)
+    training.check(rest, svd.train_shared, False)
+    _refuse_settled(svd != Svd(), "--set svd", "its decomposition")
+    other, domain = _other(text)
+    added = domain or _new(other, list(source.load_json("model.json")["domains"]))
+    shards = training.shards([added], ("train", "val") if training.updates is not None else ())
+    name = f"{source.path.resolve().name}+{added}{f'-g{grow}' if grow else ''}"
+    return stage.run(
+        source,
+        other,
+        domain,
+        out or training.work / "model" / name,
+        work=training.work,
+        grow=grow,
+        finetune=training.finetune(shards, rest),
+    )
+
+
+def _refuse_settled(given: bool, option: str, what: str = "the ranks") -> None:
+    """Raise MdlError for an option of what a compressed model has settled."""
+    if given:
+        raise MdlError(f"the compressed model settles {what}", option, "leave out all but --grow and --finetune")
+
+
+def _refuse_idle(idle: bool, option: str, of: str) -> None:
+    """Raise MdlError for an option that says something of another one that is not given."""
+    if idle:
+        raise MdlError(f"this option does nothing without {of}", option, f"add {of}, or leave it out")
 
 
 def _rank(text: str) -> float:
@@ -191,21 +271,6 @@ def _rank(text: str) -> float:
     except ValueError:
         fix = "a whole number from 1, or a fraction between 0 and 1"
         raise MdlError(f"'{text}' is no rank", "--rank", fix) from None
-
-
-def _label(
-    rank: str | None,
-    energy: float | None,
-    budget: str | None,
-    independent: bool,
-    whiten: bool,
-    finetune: int | None,
-) -> str:
-    """What an artifact's name says of the request: r0.5, e0.9-independent, b0.5x-whiten-ft200."""
-    named = (("r", rank), ("e", None if energy is None else f"{energy:g}"), ("b", budget))
-    amount = next((letter + value for letter, value in named if value is not None), "swept")
-    said = (("-independent", independent), ("-whiten", whiten), (f"-ft{finetune}", finetune))
-    return amount + "".join(words for words, given in said if given)
 
 
 def _other(text: str) -> tuple[Artifact, str | None]:

@@ -12,6 +12,11 @@ from mdltool.cli import options
 if TYPE_CHECKING:
     from mdltool.evaluate.decathlon import Decathlon
 
+Split = Annotated[str, typer.Option("--split", help="Which of the work directory's shards to score.")]
+Precision = Annotated[str | None, typer.Option("--precision", help="fp32, bf16 or fp16.")]
+Without = Annotated[
+    list[str] | None, typer.Option("--without", help="Score as if clips lacked this modality; repeat it.")
+]
 Contest = Annotated[bool, typer.Option("--decathlon", help="The Visual Decathlon's score over the domains, too.")]
 ContestBaseline = Annotated[
     Path | None,
@@ -32,17 +37,13 @@ def register(app: typer.Typer) -> None:
 
 
 def evaluate(
-    model: Annotated[Path | None, typer.Argument(help="Model artifact (default: piped, else the latest).")] = None,
-    views: Annotated[
-        str | None, typer.Option("--views", help="T positions x S crops (default: the recipe's).")
-    ] = None,
+    model: options.Model = None,
+    views: options.Views = None,
     data: options.Data = None,
-    split: Annotated[str, typer.Option("--split", help="Which of the work directory's shards to score.")] = "val",
-    weights: Annotated[str, typer.Option("--weights", help="last, best or ema (averaged).")] = "last",
-    precision: Annotated[str | None, typer.Option("--precision", help="fp32, bf16 or fp16.")] = None,
-    without: Annotated[
-        list[str] | None, typer.Option("--without", help="Score as if clips lacked this modality; repeat it.")
-    ] = None,
+    split: Split = "val",
+    weights: options.Weights = "last",
+    precision: Precision = None,
+    without: Without = None,
     decathlon: Contest = False,
     baseline: ContestBaseline = None,
     added: ContestAdded = None,
@@ -60,7 +61,7 @@ def evaluate(
 
     from mdltool import console
     from mdltool.artifact import work_dir
-    from mdltool.cli.inputs import default_workers, resolve, shards_for
+    from mdltool.cli.inputs import resolve, shards_for, usable_workers
 
     contest = _decathlon(decathlon, baseline, added, scores)
     if contest is not None and scores is not None:
@@ -74,10 +75,8 @@ def evaluate(
 
     from mdltool.stages import evaluate as stage
 
-    suffix = "".join(f"-without-{word}" for word in without or ())
-    suffix += ("" if weights == "last" else f"-{weights}") + ("-decathlon" if decathlon else "")
-    name = f"{chosen.name}-{views or 'views'}-{split}{suffix}"
-    count = default_workers() if workers is None else workers
+    said = [f"without-{word}" for word in without or ()] + [weights] * (weights != "last")
+    name = "-".join([chosen.name, views or "views", split, *said, *["decathlon"] * decathlon])
     artifact = stage.run(
         chosen,
         shards,
@@ -88,7 +87,7 @@ def evaluate(
         decathlon=contest,
         without=tuple(without or ()),
         work=place,
-        workers=count,
+        workers=usable_workers(workers),
     )
     if int(os.environ.get("RANK", "0")) == 0:
         _table(artifact.load_json("metrics.json"))

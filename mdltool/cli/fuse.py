@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,9 +15,7 @@ def register(app: typer.Typer) -> None:
 
 
 def fuse(
-    model: Annotated[
-        Path | None, typer.Argument(help="A model artifact (default: piped, or the latest).", metavar="[MODEL]")
-    ] = None,
+    model: options.Model = None,
     domain: Annotated[
         str | None, typer.Option("--domain", help="The domain to keep (default: the only one).")
     ] = None,

@@ -28,16 +28,10 @@ def _group() -> None:
     """A finished model's domains."""
 
 
-Model = Annotated[
-    Path | None, typer.Argument(help="A model artifact (default: piped, or the latest).", metavar="[MODEL]")
-]
-Weights = Annotated[str, typer.Option("--weights", help="Which of the model's: last, best or ema.")]
-
-
 def split(
     domain: Annotated[str, typer.Argument(help="The domain to write.", metavar="DOMAIN")],
-    model: Model = None,
-    weights: Weights = "last",
+    model: options.Model = None,
+    weights: options.Weights = "last",
     work: options.Work = None,
     out: Annotated[
         Path | None,
@@ -64,12 +58,12 @@ def split(
 
 def merge(
     file: Annotated[Path, typer.Argument(help="A file that `model split` wrote.", metavar="FILE")],
-    model: Model = None,
+    model: options.Model = None,
     name: Annotated[
         str | None,
         typer.Option("--as", help="The domain's name in the model (default: the file's).", metavar="NAME"),
     ] = None,
-    weights: Weights = "last",
+    weights: options.Weights = "last",
     work: options.Work = None,
     out: options.Out = None,
     as_json: options.Json = False,
@@ -91,7 +85,7 @@ def merge(
 
 def remove(
     domain: Annotated[str, typer.Argument(help="The domain to take away.", metavar="DOMAIN")],
-    model: Model = None,
+    model: options.Model = None,
     work: options.Work = None,
     out: options.Out = None,
     as_json: options.Json = False,

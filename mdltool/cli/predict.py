@@ -3,12 +3,33 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from mdltool.cli import options
 from mdltool.errors import MdlError
+
+Paths = Annotated[
+    list[Path],
+    typer.Argument(help="A model artifact (default: piped, else the latest), then video or image files."),
+]
+Domain = Annotated[
+    list[str] | None,
+    typer.Option("--domain", help="Whose adapters and labels: once for all videos, or once a video, in order."),
+]
+Topk = Annotated[int, typer.Option("--topk", min=1, help="How many labels a video (a regression: all).")]
+BatchSize = Annotated[
+    int, typer.Option("--batch", min=1, help="Views, of whatever domains, in one pass through the model.")
+]
+Side = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--side",
+        help="Of a stream, the side file of all videos, or a folder of files by their names.",
+        metavar="STREAM=PATH",
+    ),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -18,28 +39,13 @@ def register(app: typer.Typer) -> None:
 
 
 def predict(
-    paths: Annotated[
-        list[Path],
-        typer.Argument(help="A model artifact (default: piped, else the latest), then video or image files."),
-    ],
-    domain: Annotated[
-        list[str] | None,
-        typer.Option("--domain", help="Whose adapters and labels: once for all videos, or once a video, in order."),
-    ] = None,
-    topk: Annotated[int, typer.Option("--topk", min=1, help="How many labels a video (a regression: all).")] = 5,
-    views: Annotated[str | None, typer.Option("--views", help="TxS (default: the recipe's).")] = None,
-    batch: Annotated[
-        int, typer.Option("--batch", min=1, help="Views, of whatever domains, in one pass through the model.")
-    ] = 32,
-    weights: Annotated[str, typer.Option("--weights", help="last, best or ema.")] = "last",
-    side: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--side",
-            help="Of a stream, the side file of all videos, or a folder of files by their names.",
-            metavar="STREAM=PATH",
-        ),
-    ] = None,
+    paths: Paths,
+    domain: Domain = None,
+    topk: Topk = 5,
+    views: options.Views = None,
+    batch: BatchSize = 32,
+    weights: options.Weights = "last",
+    side: Side = None,
     work: options.Work = None,
     as_json: options.Json = False,
 ) -> None:
@@ -48,9 +54,6 @@ def predict(
     Of a domain with several labels a clip the scores are each class's own; of a regression, every target's value.
     Of verbs and nouns the actions are listed; --json has the verbs and the nouns too.
     """
-    import json
-
-    from mdltool import console
     from mdltool.artifact import work_dir
     from mdltool.cli.inputs import resolve
 
@@ -76,11 +79,20 @@ def predict(
         sides=paths_of("--side", side or ()),
     )
     for found in results:
-        for name, stream in found.get("streams", {}).items():
-            if stream["missing"]:
-                console.say(f"{found['video']}: without {name} ({stream['missing']})")
-        if as_json:
-            console.result(json.dumps(found, ensure_ascii=False))
-        else:
-            for entry in found["top"]:
-                console.result(f"{found['video']}\t{entry['label']}\t{entry['score']:.4f}")
+        _show(found, as_json)
+
+
+def _show(found: dict[str, Any], as_json: bool) -> None:
+    """One video's labels on stdout; what it was read without on stderr."""
+    import json
+
+    from mdltool import console
+
+    for name, stream in found.get("streams", {}).items():
+        if stream["missing"]:
+            console.say(f"{found['video']}: without {name} ({stream['missing']})")
+    if as_json:
+        console.result(json.dumps(found, ensure_ascii=False))
+        return
+    for entry in found["top"]:
+        console.result(f"{found['video']}\t{entry['label']}\t{entry['score']:.4f}")

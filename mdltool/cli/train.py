@@ -13,8 +13,6 @@ from mdltool.errors import MdlError
 if TYPE_CHECKING:
     from mdltool.artifact import Artifact
 
-Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run from its last checkpoint.")]
-
 
 def register(app: typer.Typer) -> None:
     example = "Example: mdltool train --recipe omi_x3dm_all --data ucf101=artifacts/shards/ucf101-train"
@@ -31,7 +29,7 @@ def train(
         Path | None, typer.Option("--backbone", help="Backbone artifact (default: the latest).")
     ] = None,
     overrides: options.Set = None,
-    resume: Resume = False,
+    resume: options.Resume = False,
     workers: options.Workers = None,
     work: options.Work = None,
     out: options.Out = None,
@@ -40,7 +38,7 @@ def train(
     """Train a recipe's model: shards + backbone -> model."""
     from mdltool import console
     from mdltool.artifact import open_artifact, work_dir
-    from mdltool.cli.inputs import default_workers, piped_paths, shards_for
+    from mdltool.cli.inputs import piped_paths, shards_for, usable_workers
     from mdltool.recipe import load, rename_domain
 
     loaded = load(recipe, overrides or ())
@@ -63,7 +61,7 @@ def train(
     from mdltool.stages import train as stage
 
     target = out or place / "model" / loaded.name
-    count = default_workers() if workers is None else workers
+    count = usable_workers(workers)
     artifact = stage.run(loaded, _one_held_out(shards), chosen, target, work=place, resume=resume, workers=count)
     if not resume and artifact.summary.get("seconds") is not None:
         console.say(f"{artifact.summary['updates']} updates, {artifact.summary['seconds']:.0f} s of training")

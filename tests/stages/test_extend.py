@@ -134,7 +134,7 @@ def test_the_command(world: World, mdltool: Callable[..., Ran], tmp_path: Path) 
     assert any(key.endswith(".private") for key in moved)
     for bad, message in (
         (("--extend", dense, "--rank", "0.5"), "settles the ranks"),
-        (("--rank", "0.5", "--grow", 2), "nothing is added"),
+        (("--rank", "0.5", "--grow", 2), "does nothing without --extend MODEL"),
     ):
         ran = mdltool("compress", fewer, *bad, *where, "--out", tmp_path / "x")
         assert (ran.code, message in ran.err) == (1, True), ran.err
