@@ -4,39 +4,25 @@ section 3.3; spec cm3t 2.8).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mdltool import console
-from mdltool.artifact import Artifact, Draft, partial_path
+from mdltool.artifact import Artifact, Draft
 from mdltool.errors import MdlError
-from mdltool.files import write_text
 from mdltool.model import MultiDomainModel
-from mdltool.model_store import (
-    find_backbone,
-    grown,
-    load_model,
-    refuse_fused,
-    seeded,
-    stored_tensors,
-    write_model_json,
-)
+from mdltool.model_store import grown, label_spaces, load_model, refuse_fused, seeded
 from mdltool.registry import did_you_mean
 from mdltool.stages.begin_streams import begin_streams
-from mdltool.stages.fitting import DomainData, Scope, fit, gather_data, train_indices
+from mdltool.stages.fitting import Scope, gather_data, train_indices
+from mdltool.stages.making import commit_model, describe, inputs_of, progress_summary, trained
 from mdltool.stages.modalities import Addition, Wanted, settle, spec_with
 from mdltool.stages.plan import completed
 from mdltool.stages.sources import with_sources
-from mdltool.train.checkpoint import save_tensors
-from mdltool.train.distributed import join_world
-from mdltool.train.plan import Progress
-from mdltool.train.together import begin_together, open_together
-from mdltool.types import LabelSpace
+from mdltool.train.together import make_together
 
 
 @dataclass(frozen=True)
@@ -70,51 +56,39 @@ def run(
     data = gather_data(added.training, [part for part in shards if part.summary["domain"] in added.streams])
     added = added.noted(with_sources(added.training, data))
     own = bool(content["own_backbone"])
-    backbone = None if own else find_backbone(source, work)
-    inputs = _inputs(source, data, backbone, start)
+    inputs = inputs_of(source, data, work) + ([start.model.as_input("start")] if start is not None else [])
     request: dict[str, Any] = {"recipe": added.training.model_dump(mode="json"), "streams": added.streams}
     request |= {"start_from": start.domain} if start is not None else {}
-    world = join_world()
-    how = "must" if resume else "ask"
-    draft = begin_together(
-        world,
+
+    def make(draft: Draft | None) -> None:
+        seeded(added.training.train.seed)
+        with draft or nullcontext():
+            old = load_model(source, work=work)
+            model = grown(old, spec_with(old.spec, added, late=not wanted.end_to_end))
+            new = [key for key in model.tensors() if key not in old.tensors()]
+            if start is not None:
+                _begin_as(model, new, start, work)
+        scope = Scope(only=tuple(_trainable(model, new, added, wanted)))
+        progress = trained(added.training, model, data, out, own_backbone=own, workers=workers, scope=scope)
+        if draft is not None:
+            recipe = added.recipe.model_dump(mode="json")
+            counts = model.parameter_counts()
+            summary = describe(draft, model.spec, recipe, label_spaces(content), own, counts)
+            commit_model(draft, summary | {"added": added.streams} | progress_summary(progress))
+
+    return make_together(
         out,
+        make,
         kind="model",
         stage="add-modality",
         inputs=inputs,
         request=request,
-        resume=how,
+        resume="must" if resume else "ask",
         completed=completed,
     )
-    if isinstance(draft, Artifact):
-        return draft
-    seeded(added.training.train.seed)
-    with draft or nullcontext():
-        old = load_model(source, work=work)
-        model = grown(old, spec_with(old.spec, added, late=not wanted.end_to_end))
-        new = [key for key in model.tensors() if key not in old.tensors()]
-        if start is not None:
-            _begin_as(model, new, start, work)
-    scope = Scope(only=tuple(_trained(model, new, added, wanted)))
-    progress = fit(added.training, model, data, partial_path(out), own_backbone=own, workers=workers, scope=scope)
-    if draft is not None:
-        save_tensors(draft.path / "weights" / "last.safetensors", stored_tensors(model.to("cpu"), own))
-        _commit(draft, model, added, content, progress)
-    return open_together(world, out, "model")
 
 
-def _inputs(
-    source: Artifact, data: Mapping[str, DomainData], backbone: Artifact | None, start: Start | None
-) -> list[Any]:
-    given = [("model", source)]
-    for part in data.values():
-        given += [("train", part.train)] + ([("val", part.val)] if part.val is not None else [])
-    given += [("backbone", backbone)] if backbone is not None else []
-    given += [("start", start.model)] if start is not None else []
-    return [artifact.as_input(role) for role, artifact in given]
-
-
-def _trained(model: MultiDomainModel, new: list[str], added: Addition, wanted: Wanted) -> list[str]:
+def _trainable(model: MultiDomainModel, new: list[str], added: Addition, wanted: Wanted) -> list[str]:
     """The tensors that may train: the new ones and, as the user wants it, the domains' heads or all of theirs."""
     owned = [key for key in model.tensors() if key.split("/", 1)[0] in added.streams]
     if wanted.end_to_end:
@@ -138,22 +112,3 @@ def _begin_as(model: MultiDomainModel, new: Sequence[str], start: Start, work: P
         what = f"nothing of the new streams is like that domain's (its streams: {streams})"
         raise MdlError(what, "--init-from", "give the streams the same names and widths")
     console.say(f"{copied} of {len(new)} new tensors begin as those of {start.domain} in {start.model.path}")
-
-
-def _commit(
-    draft: Draft, model: MultiDomainModel, added: Addition, content: Mapping[str, Any], progress: Progress
-) -> None:
-    recipe = added.recipe.model_dump(mode="json")
-    spaces = {name: LabelSpace.from_json(entry) for name, entry in content["domains"].items()}
-    own = bool(content["own_backbone"])
-    write_model_json(draft.path, model.spec, recipe, spaces, own, model.parameter_counts())
-    write_text(draft.path / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
-    summary = {
-        "recipe": recipe["name"],
-        "added": added.streams,
-        "domains": {name: {"classes": len(space.classes)} for name, space in spaces.items()},
-        "updates": progress.update,
-        "seconds": round(progress.seconds, 2),
-        "val": progress.last_scores,
-    }
-    draft.commit(summary, volatile=("metrics.jsonl", "tensorboard"), drop=("checkpoints",))

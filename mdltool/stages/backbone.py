@@ -17,11 +17,11 @@ from mdltool.model_store import backbone_with_weights, save_backbone, seeded
 from mdltool.schema import Recipe
 from mdltool.source_adapters import save_source_adapters
 from mdltool.stages.fitting import DomainData, fit, gather_data
+from mdltool.stages.making import data_inputs
 from mdltool.stages.plan import check, completed, model_spec
 from mdltool.stages.weights import about
-from mdltool.train.distributed import join_world
 from mdltool.train.plan import Progress
-from mdltool.train.together import begin_together, open_together
+from mdltool.train.together import make_together
 
 _CLASSES = 98  # purpose of the random numbers that choose classes
 
@@ -47,30 +47,26 @@ def pretrain(
     if classes is not None:
         data = {domain: of_classes(data[domain], classes, recipe.train.seed)}
     spec = model_spec(recipe, {domain: len(data[domain].train_index.classes)})
-    inputs = [data[domain].train.as_input("train")]
-    if (val := data[domain].val) is not None:
-        inputs.append(val.as_input("val"))
-    world = join_world()
-    draft = begin_together(
-        world,
+
+    def make(draft: Draft | None) -> None:
+        with draft or nullcontext():
+            seeded(recipe.train.seed)
+            model = build_model(spec, backbone_with_weights(spec, None))
+        progress = fit(recipe, model, data, partial_path(out), own_backbone=True, workers=workers)
+        if draft is not None:
+            _keep_head(model.to("cpu"), domain)
+            _commit(draft, model, domain, list(data[domain].train_index.classes), progress)
+
+    return make_together(
         out,
+        make,
         kind="backbone",
         stage="backbone pretrain",
-        inputs=inputs,
+        inputs=data_inputs(data),
         request=recipe.model_dump(mode="json") | ({} if classes is None else {"classes": classes}),
         resume="must" if resume else "ask",
         completed=completed,
     )
-    if isinstance(draft, Artifact):
-        return draft
-    with draft or nullcontext():
-        seeded(recipe.train.seed)
-        model = build_model(spec, backbone_with_weights(spec, None))
-    progress = fit(recipe, model, data, partial_path(out), own_backbone=True, workers=workers)
-    if draft is not None:
-        _keep_head(model.to("cpu"), domain)
-        _commit(draft, model, domain, list(data[domain].train_index.classes), progress)
-    return open_together(world, out, "backbone")
 
 
 def _check(recipe: Recipe) -> None:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -18,6 +18,7 @@ from torch import Tensor
 from mdltool.artifact import Artifact, Draft, partial_path
 from mdltool.compress.factoring import Decomposed, SiteWeight, decompositions, factor_specs, factored
 from mdltool.compress.ranks import Choice
+from mdltool.data.index import ShardIndex
 from mdltool.files import write_text
 from mdltool.model_spec import ModelSpec
 from mdltool.model_store import WEIGHTS, label_spaces, refuse_fused
@@ -25,29 +26,30 @@ from mdltool.stages.compression import (
     Amount,
     Finetune,
     Svd,
+    Training,
     announce,
     check_amount,
     choose,
-    describe_model,
     factorable,
     finetuned,
-    inputs_of,
-    progress_summary,
     read_model_tensors,
     rows,
+    sizes,
     totals,
     training_of,
 )
 from mdltool.stages.fitting import Scope
+from mdltool.stages.making import commit_model, describe, inputs_of, progress_summary
 from mdltool.stages.plan import completed
 from mdltool.stages.sweeping import Sweep, check_sweep, smallest_good, swept
 from mdltool.stages.whitening import Calibration, Whiten, check_whiten
 from mdltool.train.checkpoint import save_tensors
 from mdltool.train.distributed import join_world
 from mdltool.train.plan import Progress
-from mdltool.train.together import begin_together, by_main, open_together
+from mdltool.train.together import by_main, make_together
 
 _START = "start.safetensors"  # the compressed model that fine-tuning begins from
+_AS_WRITTEN = Svd()
 
 
 def run(
@@ -56,7 +58,7 @@ def run(
     out: Path,
     *,
     work: Path,
-    svd: Svd | None = None,
+    svd: Svd = _AS_WRITTEN,
     finetune: Finetune | None = None,
     sweep: Sweep | None = None,
     whiten: Whiten | None = None,
@@ -67,7 +69,6 @@ def run(
     model is taken. whiten: least error of the outputs on training clips. Raises MdlError for a model without
     matrices in its adapters, one that is compressed already, and an amount that makes no sense.
     """
-    svd = svd or Svd()
     content = source.load_json("model.json")
     refuse_fused(content, source.path)
     spec = ModelSpec.from_json(content["spec"])
@@ -76,43 +77,34 @@ def run(
     calibration = check_whiten(whiten, content, source) if whiten is not None else None
     job = _Job(source, spec, weights, amount, svd, finetune is None, calibration)
     scored = check_sweep(sweep, content, amount) if sweep is not None else {}
-    training = (
-        training_of(content["recipe"], content["domains"], finetune, source) if finetune is not None else None
-    )
-    inputs = inputs_of(source, [], training, work)
+    training = training_of(content["recipe"], content["domains"], finetune, source)
+    inputs = inputs_of(source, training.data if training is not None else None, work)
     inputs += [shards.as_input("sweep") for shards, _ in scored.values()]
     inputs += calibration.inputs() if calibration is not None else []
-    request = {
-        "amount": asdict(amount),
-        "svd": svd.model_dump(),
-        "finetune": training.recipe.model_dump(mode="json") if training is not None else None,
-        "sweep": list(sweep.ranks) if sweep is not None else None,
-        **({"whiten": whiten.batches} if whiten is not None else {}),
-    }
-    world = join_world()
-    how = "never" if finetune is None else "must" if finetune.resume else "ask"
-    draft = begin_together(
-        world, out, kind="model", stage="compress", inputs=inputs, request=request, resume=how, completed=completed
+
+    def make(draft: Draft | None) -> None:
+        settled, progress = job, None
+        with draft or nullcontext():
+            if sweep is not None:
+                indices = {domain: index for domain, (_, index) in scored.items()}
+                settled = replace(job, amount=_smallest_good(job, sweep, indices, partial_path(out), work))
+            spec, table = by_main(join_world(), lambda: _compress(settled, draft, work))
+        if training is not None:
+            scope = Scope(shared_factors=svd.train_shared)
+            progress = finetuned(spec, _START, source, training, scope, out, work)
+        if draft is not None:
+            _commit(draft, settled, spec, table, progress)
+
+    return make_together(
+        out,
+        make,
+        kind="model",
+        stage="compress",
+        inputs=inputs,
+        request=_request(job, training, sweep, whiten),
+        resume=training.resume if training is not None else "never",
+        completed=completed,
     )
-    if isinstance(draft, Artifact):
-        return draft
-    folder, progress, points = partial_path(out), None, None
-
-    def found() -> dict[str, Decomposed]:
-        return job.decomposed("last", work)[1]
-
-    with draft or nullcontext():
-        if sweep is not None:
-            indices = {domain: index for domain, (_, index) in scored.items()}
-            points = swept(source, partial(by_main, world, found), amount, svd, sweep, indices, folder, work)
-            job = replace(job, amount=smallest_good(points, amount))
-        spec, table = by_main(world, lambda: _compress(job, draft, work))
-    if training is not None:
-        scope = Scope(shared_factors=svd.train_shared)
-        progress = finetuned(spec, folder / _START, source, training, scope, folder, work)
-    if draft is not None:
-        _commit(draft, job, spec, table, progress)
-    return open_together(world, out, "model")
 
 
 @dataclass(frozen=True)
@@ -142,6 +134,26 @@ class _Job:
         return tensors, found
 
 
+def _request(job: _Job, training: Training | None, sweep: Sweep | None, whiten: Whiten | None) -> dict[str, Any]:
+    return {
+        "amount": asdict(job.amount),
+        "svd": job.svd.model_dump(),
+        "finetune": training.recipe.model_dump(mode="json") if training is not None else None,
+        "sweep": list(sweep.ranks) if sweep is not None else None,
+    } | ({"whiten": whiten.batches} if whiten is not None else {})
+
+
+def _smallest_good(job: _Job, sweep: Sweep, indices: Mapping[str, ShardIndex], folder: Path, work: Path) -> Amount:
+    """What is kept after scoring several ranks, whose table and figure go to the folder."""
+
+    def found() -> dict[str, Decomposed]:
+        return job.decomposed("last", work)[1]
+
+    shared = partial(by_main, join_world(), found)
+    points = swept(job.source, shared, job.amount, job.svd, sweep, indices, folder, work)
+    return smallest_good(points, job.amount)
+
+
 def _compress(job: _Job, draft: Draft | None, work: Path) -> tuple[ModelSpec, list[dict[str, Any]]]:
     """Write the compressed tensors into the draft."""
     assert draft is not None, "rank 0 has the draft"
@@ -162,10 +174,11 @@ def _compress(job: _Job, draft: Draft | None, work: Path) -> tuple[ModelSpec, li
 
 def _commit(
     draft: Draft, job: _Job, spec: ModelSpec, table: Sequence[dict[str, Any]], progress: Progress | None
-) -> Artifact:
+) -> None:
     content = job.source.load_json("model.json")
     write_text(draft.path / "compression.json", json.dumps({"weights": table}, indent=1))
     asked = {key: value for key, value in asdict(job.amount).items() if value is not None}
-    summary = describe_model(draft, spec, content["recipe"], label_spaces(content), bool(content["own_backbone"]))
+    own = bool(content["own_backbone"])
+    summary = describe(draft, spec, content["recipe"], label_spaces(content), own, sizes(spec))
     summary |= {"compressed": totals(table) | asked, **progress_summary(progress)}
-    return draft.commit(summary, volatile=("metrics.jsonl", "tensorboard"), drop=("checkpoints", _START))
+    commit_model(draft, summary, drop=(_START,))

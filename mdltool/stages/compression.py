@@ -8,37 +8,26 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from mdltool import console
-from mdltool.artifact import Artifact, Draft, Input
+from mdltool.artifact import Artifact, partial_path
 from mdltool.compress import ranks
 from mdltool.compress.factoring import Decomposed, SiteWeight, folded_norms, site_weights
 from mdltool.compress.ranks import Choice
 from mdltool.data.index import ShardIndex
 from mdltool.errors import MdlError
-from mdltool.files import write_text
 from mdltool.model import build_model
 from mdltool.model_spec import ModelSpec, parse_options
-from mdltool.model_store import (
-    backbone_with_weights,
-    find_backbone,
-    read_tensors,
-    seeded,
-    stored_tensors,
-    write_model_json,
-)
+from mdltool.model_store import backbone_with_weights, find_backbone, read_tensors, seeded
 from mdltool.overrides import apply_override
 from mdltool.schema import Recipe
 from mdltool.stages.continuing import finetuning
-from mdltool.stages.fitting import DomainData, Scope, announced_parts, check_domain, fit, sort_shards, wanted
+from mdltool.stages.fitting import DomainData, Scope, announced_parts, check_domain, sort_shards, wanted
+from mdltool.stages.making import trained
 from mdltool.stages.sources import check_sources
-from mdltool.train.checkpoint import save_tensors
-from mdltool.train.distributed import join_world
 from mdltool.train.plan import Progress
-from mdltool.types import LabelSpace
 
 
 @dataclass(frozen=True)
@@ -99,15 +88,18 @@ class Training:
     recipe: Recipe
     data: dict[str, DomainData]
     workers: int
+    resume: str
 
 
 def training_of(
-    stored: Mapping[str, Any], domains: Mapping[str, Any], finetune: Finetune, source: Artifact
-) -> Training:
+    stored: Mapping[str, Any], domains: Mapping[str, Any], finetune: Finetune | None, source: Artifact
+) -> Training | None:
     """Fine-tuning a model by a recipe, as it is stored or for one domain alone.
 
     domains: what model.json says of them. Raises MdlError for shards that are not the model's.
     """
+    if finetune is None:
+        return None
     before = Recipe.model_validate(stored)
     for artifact in finetune.shards:
         index = ShardIndex.open(artifact)
@@ -116,66 +108,29 @@ def training_of(
     whole = sort_shards(before, finetune.shards)
     clips = {name: len(wanted(before, part.train_index)) for name, part in whole.items()}
     recipe = finetuning(stored, finetune.updates, clips, finetune.overrides, source)
-    return Training(recipe, announced_parts(recipe, whole), finetune.workers)
-
-
-def inputs_of(source: Artifact, others: Sequence[Artifact], training: Training | None, work: Path) -> list[Input]:
-    """What the artifact is made from. A backbone that is not needed may be anywhere."""
-    inputs = [source.as_input("model"), *(other.as_input("domain") for other in others)]
-    if training is not None:
-        inputs += [part.train.as_input("train") for part in training.data.values()]
-        inputs += [part.val.as_input("val") for part in training.data.values() if part.val is not None]
-    if source.load_json("model.json")["own_backbone"]:
-        return inputs
-    if training is not None:
-        return [*inputs, find_backbone(source, work).as_input("backbone")]
-    return [*inputs, *(entry for entry in source.inputs if entry.role == "backbone")]
+    resume = "must" if finetune.resume else "ask"
+    return Training(recipe, announced_parts(recipe, whole), finetune.workers, resume)
 
 
 def finetuned(
-    spec: ModelSpec, start: Path, source: Artifact, training: Training, scope: Scope, folder: Path, work: Path
+    spec: ModelSpec, start: str, source: Artifact, training: Training, scope: Scope, out: Path, work: Path
 ) -> Progress:
-    """Train a compressed model, whose tensors `start` holds, in a folder; rank 0 writes the last weights there."""
+    """Train a compressed model in the draft of `out`, where the file `start` holds its tensors."""
+    path = partial_path(out) / start
     own = bool(source.load_json("model.json")["own_backbone"])
     seeded(training.recipe.train.seed)
     model = build_model(spec, backbone_with_weights(spec, None if own else find_backbone(source, work)))
-    model.load_tensors(read_tensors(start), start, with_backbone=own)
-    progress = fit(
-        training.recipe, model, training.data, folder, own_backbone=own, workers=training.workers, scope=scope
-    )
-    if join_world().is_main:
-        save_tensors(folder / "weights" / "last.safetensors", stored_tensors(model.to("cpu"), own))
-    return progress
+    model.load_tensors(read_tensors(path), path, with_backbone=own)
+    recipe, workers = training.recipe, training.workers
+    return trained(recipe, model, training.data, out, own_backbone=own, workers=workers, scope=scope)
 
 
-def describe_model(
-    draft: Draft, spec: ModelSpec, recipe: Mapping[str, Any], spaces: Mapping[str, LabelSpace], own: bool
-) -> dict[str, Any]:
-    """Write model.json and recipe.yaml. Returns what the summary says of every model."""
+def sizes(spec: ModelSpec) -> dict[str, Any]:
+    """How many numbers a model of this form has, none of them trainable."""
     with torch.device("meta"):
         model = build_model(spec)
         model.apply_regime("frozen", spec.bn)
-        counts = model.parameter_counts()
-    write_model_json(draft.path, spec, recipe, spaces, own, counts)
-    write_text(draft.path / "recipe.yaml", yaml.safe_dump(dict(recipe), sort_keys=False))
-    return {
-        "recipe": recipe["name"],
-        "domains": {name: {"classes": len(space.classes)} for name, space in spaces.items()},
-        "parameters": {key: value for key, value in counts.items() if key != "per_domain"},
-    }
-
-
-def progress_summary(progress: Progress | None) -> dict[str, Any]:
-    """What the summary says of fine-tuning."""
-    if progress is None:
-        return {}
-    return {
-        "updates": progress.update,
-        "seconds": round(progress.seconds, 2),
-        "best_step": progress.best_update,
-        "seconds_to_best": None if progress.best_seconds is None else round(progress.best_seconds, 2),
-        "val": progress.last_scores,
-    }
+        return model.parameter_counts()
 
 
 def parse_svd(overrides: Iterable[str]) -> tuple[Svd, list[str]]:

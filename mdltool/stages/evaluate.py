@@ -28,8 +28,8 @@ from mdltool.stages.fitting import check_domain
 from mdltool.stages.plan import eval_views, grid_of, modalities
 from mdltool.stages.sources import check_sources
 from mdltool.tasks import task_of
-from mdltool.train.distributed import World, gather_objects, join_world
-from mdltool.train.together import begin_together, open_together
+from mdltool.train.distributed import gather_objects, join_world
+from mdltool.train.together import make_together
 
 
 def run(
@@ -61,35 +61,34 @@ def run(
             check_task(domain, index.task, artifact.path)
         decathlon.check(indices, "--decathlon")
     grids = {domain: grid_of(recipe, domain, views) for domain in indices}
-    world = join_world()
+    _check_without(recipe, indices, without)
+    for _, index in indices.values():
+        check_sources(recipe, index, without)
     request: dict[str, Any] = {"views": grid, "weights": weights, "precision": precision}
     if any(own != grid for own in grids.values()):
         request["grids"] = grids
     if decathlon is not None:  # an eval without it keeps the request that it always had
         request["decathlon"] = asdict(decathlon)
-    _check_without(recipe, indices, without)
-    for _, index in indices.values():
-        check_sources(recipe, index, without)
     if without:
         request["without"] = sorted(without)
+
+    def make(draft: Draft | None) -> None:
+        with draft or nullcontext():
+            model = load_model(model_artifact, weights, work).to(_device()).channels_last()
+            found = {
+                d: _score(model, recipe, d, index, grids[d], without, precision, workers)
+                for d, (_, index) in indices.items()
+            }
+            if draft is not None:
+                head = {"model_digest": model_artifact.digest, "views": grid, "weights": weights}
+                report = _report(recipe, found, indices, grids, head, precision)
+                _add_streams(report, recipe, indices, without)
+                if decathlon is not None:
+                    report["metrics"]["decathlon"] = decathlon.score(accuracies_of(report["metrics"], out))
+                _write(draft, report, found, indices)
+
     inputs = [model_artifact.as_input("model")] + [a.as_input("data") for a, _ in indices.values()]
-    draft = begin_together(world, out, kind="eval", stage="eval", inputs=inputs, request=request)
-    if isinstance(draft, Artifact):
-        return draft
-    with draft or nullcontext():
-        model = load_model(model_artifact, weights, work).to(_device()).channels_last()
-        found = {
-            d: _score(model, recipe, d, index, grids[d], without, precision, workers, world)
-            for d, (_, index) in indices.items()
-        }
-        if draft is not None:
-            head = {"model_digest": model_artifact.digest, "views": grid, "weights": weights}
-            report = _report(recipe, found, indices, grids, head, precision)
-            _add_streams(report, recipe, indices, without)
-            if decathlon is not None:
-                report["metrics"]["decathlon"] = decathlon.score(accuracies_of(report["metrics"], out))
-            _write(draft, report, found, indices)
-    return open_together(world, out, "eval")
+    return make_together(out, make, kind="eval", stage="eval", inputs=inputs, request=request)
 
 
 def _check_shards(content: dict[str, Any], shards: list[Artifact]) -> dict[str, tuple[Artifact, ShardIndex]]:
@@ -137,9 +136,9 @@ def _score(
     without: Collection[str],
     precision: str,
     workers: int,
-    world: World,
 ) -> DomainScores | None:
     """One domain's scores over all processes, on rank 0; None elsewhere."""
+    world = join_world()
     loader = ViewLoader(
         index,
         eval_views(recipe, domain, grid),

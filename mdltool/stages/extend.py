@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mdltool import console
 from mdltool.adapters.factored import FactorSpec
-from mdltool.artifact import Artifact, Draft, partial_path
+from mdltool.artifact import Artifact, Draft
 from mdltool.compress.factoring import SiteWeight, extended_factors, site_weights
 from mdltool.domain_pack import model_form
 from mdltool.errors import MdlError
@@ -28,19 +28,18 @@ from mdltool.registry import did_you_mean
 from mdltool.schema import Recipe
 from mdltool.stages.compression import (
     Finetune,
-    describe_model,
     finetuned,
-    inputs_of,
-    progress_summary,
     read_model_tensors,
+    sizes,
     training_of,
 )
 from mdltool.stages.continuing import alone, joined, recipe_of
 from mdltool.stages.fitting import Scope
+from mdltool.stages.making import commit_model, describe, inputs_of, progress_summary
 from mdltool.stages.plan import completed
 from mdltool.train.checkpoint import save_tensors
 from mdltool.train.distributed import join_world
-from mdltool.train.together import begin_together, by_main, open_together
+from mdltool.train.together import by_main, make_together
 
 _START = "start.safetensors"
 
@@ -68,34 +67,38 @@ def run(
     part = recipe_of(Recipe.model_validate(stored), job.domain)
     own |= {"domains": {job.domain: part["domain"]}, "streams": part.get("streams", {})}
     recipe = joined(job.old["recipe"], Recipe.model_validate(own), job.domain, source)
-    training = training_of(own, job.new["domains"], finetune, source) if finetune is not None else None
+    training = training_of(own, job.new["domains"], finetune, source)
     request = {
         "domain": job.domain,
         "grow": grow,
         "finetune": training.recipe.model_dump(mode="json") if training is not None else None,
     }
-    inputs = inputs_of(source, [other], training, work)
-    world = join_world()
-    how = "never" if finetune is None else "must" if finetune.resume else "ask"
-    stage = "compress --extend"
-    draft = begin_together(
-        world, out, kind="model", stage=stage, inputs=inputs, request=request, resume=how, completed=completed
+    own_backbone = bool(job.old["own_backbone"])
+
+    def make(draft: Draft | None) -> None:
+        progress = None
+        with draft or nullcontext():
+            spec, table = by_main(join_world(), lambda: _extend(job, draft, training is None))
+        if training is not None:
+            scope = Scope(only=(f"{job.domain}/",))
+            progress = finetuned(spec, _START, source, training, scope, out, work)
+        if draft is not None:
+            spaces = label_spaces(job.old) | {job.domain: label_spaces(job.new)[job.domain]}
+            write_text(draft.path / "extension.json", json.dumps({"weights": table}, indent=1))
+            summary = describe(draft, spec, recipe, spaces, own_backbone, sizes(spec))
+            summary |= {"added": job.domain, "grown": grow, "lost": lost(table), **progress_summary(progress)}
+            commit_model(draft, summary, drop=(_START,))
+
+    return make_together(
+        out,
+        make,
+        kind="model",
+        stage="compress --extend",
+        inputs=inputs_of(source, training.data if training is not None else None, work, [other]),
+        request=request,
+        resume=training.resume if training is not None else "never",
+        completed=completed,
     )
-    if isinstance(draft, Artifact):
-        return draft
-    folder, progress = partial_path(out), None
-    with draft or nullcontext():
-        spec, table = by_main(world, lambda: _extend(job, draft, training is None))
-    if training is not None:
-        scope = Scope(only=(f"{job.domain}/",))
-        progress = finetuned(spec, folder / _START, source, training, scope, folder, work)
-    if draft is not None:
-        spaces = label_spaces(job.old) | {job.domain: label_spaces(job.new)[job.domain]}
-        write_text(draft.path / "extension.json", json.dumps({"weights": table}, indent=1))
-        summary = describe_model(draft, spec, recipe, spaces, bool(job.old["own_backbone"]))
-        summary |= {"added": job.domain, "grown": grow, "lost": lost(table), **progress_summary(progress)}
-        draft.commit(summary, volatile=("metrics.jsonl", "tensorboard"), drop=("checkpoints", _START))
-    return open_together(world, out, "model")
 
 
 @dataclass(frozen=True)

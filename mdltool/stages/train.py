@@ -5,12 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
-import yaml
-
-from mdltool.artifact import Artifact, Draft, partial_path
-from mdltool.files import write_text
+from mdltool.artifact import Artifact, Draft
 from mdltool.model import MultiDomainModel, build_model, reuse_classifier
 from mdltool.model_spec import ModelSpec
 from mdltool.model_store import (
@@ -18,18 +14,14 @@ from mdltool.model_store import (
     changes_backbone,
     choose_backbone,
     seeded,
-    stored_tensors,
-    write_model_json,
 )
 from mdltool.schema import Recipe
 from mdltool.source_adapters import begin_as_source, check_source_adapters
-from mdltool.stages.fitting import DomainData, fit, gather_data
+from mdltool.stages.fitting import gather_data
+from mdltool.stages.making import commit_model, data_inputs, describe, progress_summary, trained
 from mdltool.stages.plan import check, completed, model_spec
 from mdltool.stages.sources import with_sources
-from mdltool.train.checkpoint import save_tensors
-from mdltool.train.distributed import join_world
-from mdltool.train.plan import Progress
-from mdltool.train.together import begin_together, open_together
+from mdltool.train.together import make_together
 
 
 def run(
@@ -49,32 +41,33 @@ def run(
     spec = model_spec(recipe, {name: len(d.train_index.classes) for name, d in data.items()})
     source = choose_backbone(backbone, work, spec, recipe.backbone.weights)
     check_source_adapters(spec, source, recipe.backbone.adapters)
-    inputs = [d.train.as_input("train") for d in data.values()]
-    inputs += [d.val.as_input("val") for d in data.values() if d.val is not None]
-    inputs += [source.as_input("backbone")] if source is not None else []
-    world = join_world()
-    request, how = recipe.model_dump(mode="json"), "must" if resume else "ask"
-    draft = begin_together(
-        world, out, kind="model", stage="train", inputs=inputs, request=request, resume=how, completed=completed
-    )
-    if isinstance(draft, Artifact):
-        return draft
-    seeded(recipe.train.seed)
     spaces = {name: d.train_index.space for name, d in data.items()}
-    with draft or nullcontext():
-        model = _initial(recipe, spec, source, {name: space.classes for name, space in spaces.items()})
-    regimes: set[str] = {step.regime for step in recipe.train.steps}
-    # Random weights have no artifact to point at, so they are stored whatever the regime.
-    own_backbone = source is None or changes_backbone(regimes, spec.bn)
-    progress = fit(recipe, model, data, partial_path(out), own_backbone=own_backbone, workers=workers)
-    if draft is not None:
-        model.to("cpu")
-        save_tensors(draft.path / "weights" / "last.safetensors", stored_tensors(model, own_backbone))
-        counts = model.parameter_counts()
-        write_model_json(draft.path, spec, request, spaces, own_backbone, counts)
-        write_text(draft.path / "recipe.yaml", yaml.safe_dump(request, sort_keys=False))
-        _commit(draft, recipe, data, progress, counts)
-    return open_together(world, out, "model")
+    request = recipe.model_dump(mode="json")
+
+    def make(draft: Draft | None) -> None:
+        seeded(recipe.train.seed)
+        with draft or nullcontext():
+            model = _initial(recipe, spec, source, {name: space.classes for name, space in spaces.items()})
+        regimes: set[str] = {step.regime for step in recipe.train.steps}
+        # Random weights have no artifact to point at, so they are stored whatever the regime.
+        own = source is None or changes_backbone(regimes, spec.bn)
+        progress = trained(recipe, model, data, out, own_backbone=own, workers=workers)
+        if draft is not None:
+            summary = describe(draft, spec, request, spaces, own, model.parameter_counts())
+            for name, about in summary["domains"].items():
+                about["clips"] = len(data[name].train_index)
+            commit_model(draft, summary | progress_summary(progress))
+
+    return make_together(
+        out,
+        make,
+        kind="model",
+        stage="train",
+        inputs=data_inputs(data) + ([source.as_input("backbone")] if source is not None else []),
+        request=request,
+        resume="must" if resume else "ask",
+        completed=completed,
+    )
 
 
 def _initial(
@@ -87,22 +80,3 @@ def _initial(
         reuse_classifier(model, {n: list(c) for n, c in classes.items()}, pretrained)
     begin_as_source(model, source, recipe.backbone.adapters, spec.domains)
     return model
-
-
-def _commit(
-    draft: Draft, recipe: Recipe, data: dict[str, DomainData], progress: Progress, counts: dict[str, Any]
-) -> Artifact:
-    summary = {
-        "recipe": recipe.name,
-        "domains": {
-            name: {"classes": len(d.train_index.classes), "clips": len(d.train_index)} for name, d in data.items()
-        },
-        "updates": progress.update,
-        "seconds": round(progress.seconds, 2),
-        "best_step": progress.best_update,
-        "updates_to_best": progress.best_update,
-        "seconds_to_best": None if progress.best_seconds is None else round(progress.best_seconds, 2),
-        "val": progress.last_scores,
-        "parameters": {key: value for key, value in counts.items() if key != "per_domain"},
-    }
-    return draft.commit(summary, volatile=("metrics.jsonl", "tensorboard"), drop=("checkpoints",))

@@ -8,14 +8,14 @@ from typing import Any, TypeVar
 
 from mdltool.artifact import Artifact, Completed, Draft, Input, begin, open_artifact
 from mdltool.errors import Elsewhere, MdlError
-from mdltool.train.distributed import World, broadcast_object
+from mdltool.train.distributed import World, broadcast_object, join_world
 
 T = TypeVar("T")
 
 
-def begin_together(
-    world: World,
+def make_together(
     out: Path,
+    make: Callable[[Draft | None], object],
     *,
     kind: str,
     stage: str,
@@ -23,26 +23,28 @@ def begin_together(
     request: Mapping[str, Any],
     resume: str = "never",
     completed: Completed = dict,
-) -> Artifact | Draft | None:
-    """`begin` on rank 0 alone, for its lock admits one process.
+) -> Artifact:
+    """The artifact `out` on every rank: the one that is there already, or what `make` commits.
 
-    Returns the artifact on every rank where it is there already; else rank 0's draft, and None on the others, which
-    read and write below `partial_path(out)` once this returns. Raises rank 0's MdlError on every rank, so that none
-    is left waiting.
+    make: run on every rank, on rank 0 with the draft and on the others with None; they read and write below
+    `partial_path(out)`. The rest is `begin`'s, which rank 0 alone runs, for its lock admits one process. Raises
+    rank 0's MdlError on every rank, so that none is left waiting.
     """
-    draft: Artifact | Draft | None = None
-    fault: MdlError | None = None
-    if world.is_main:
-        try:
-            draft = begin(
-                out, kind=kind, stage=stage, inputs=inputs, request=request, resume=resume, completed=completed
-            )
-        except MdlError as error:
-            fault = error
-    fault, whole = broadcast_object((fault, isinstance(draft, Artifact)), world)
-    if fault is not None:
-        raise fault if world.is_main else Elsewhere(str(fault))
-    return open_artifact(out, kind) if whole else draft
+    world = join_world()
+    kept: dict[str, Draft] = {}
+
+    def is_whole() -> bool:
+        begun = begin(
+            out, kind=kind, stage=stage, inputs=inputs, request=request, resume=resume, completed=completed
+        )
+        if isinstance(begun, Draft):
+            kept["draft"] = begun
+        return isinstance(begun, Artifact)
+
+    if not by_main(world, is_whole):
+        make(kept.get("draft"))
+        broadcast_object(None, world)  # rank 0 has committed it
+    return open_artifact(out, kind)
 
 
 def by_main(world: World, work: Callable[[], T]) -> T:
@@ -58,9 +60,3 @@ def by_main(world: World, work: Callable[[], T]) -> T:
     if fault is not None:
         raise fault if world.is_main else Elsewhere(str(fault))
     return made
-
-
-def open_together(world: World, out: Path, kind: str) -> Artifact:
-    """The artifact that rank 0 has just committed, on every rank."""
-    broadcast_object(None, world)
-    return open_artifact(out, kind)
