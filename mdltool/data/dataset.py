@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mdltool.data.formats import FORMATS
 from mdltool.data.formats.common import read_class_list, read_lines
+from mdltool.data.formats.query import Query, Reader
 from mdltool.errors import MdlError
 from mdltool.types import Listing
 
@@ -25,9 +26,9 @@ class Dataset:
 
     def read(self, exclude: Path | None = None) -> Listing:
         """List the clips, but for those whose keys the file `exclude` holds, one a line. Raises MdlError."""
-        read = FORMATS.load(self.format, "--format")
+        read: Reader = FORMATS.load(self.format, "--format")
         classes = read_class_list(self.classes) if self.classes else None
-        listing: Listing = read(self.source, self.annotations, self.split, self.fold, classes)
+        listing = read(Query(self.source, self.annotations, self.split, self.fold, classes))
         return listing if exclude is None else _without(listing, exclude)
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from mdltool.data.formats import FORMATS
 from mdltool.data.formats.common import key_of, read_class_list, relative_name
+from mdltool.data.formats.query import Query
 from mdltool.errors import MdlError
 from mdltool.types import Listing
 
@@ -22,7 +23,8 @@ def read(
     fold: int = 1,
     classes: Sequence[str] | None = None,
 ) -> Listing:
-    return FORMATS.load(form)(source, annotations, split, fold, classes)
+    fixed = None if classes is None else tuple(classes)
+    return FORMATS.load(form)(Query(source, annotations, split, fold, fixed))
 
 
 def touch(folder: Path, *names: str) -> Path:
@@ -109,7 +111,7 @@ class TestCsv:
     def read(self, folder: Path, text: str, **words: object) -> Listing:
         touch(folder / "videos", "a.mp4", "deep/b.mp4")
         (folder / "list.csv").write_text(text)
-        return FORMATS.load("csv")(folder / "videos", folder / "list.csv", words.pop("split", "train"), **words)
+        return read("csv", folder / "videos", folder / "list.csv", **words)
 
     def test_rows_with_quotes_blanks_bom_and_segments(self, tmp_path: Path) -> None:
         text = (

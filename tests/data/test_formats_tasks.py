@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mdltool.data.formats import FORMATS
+from mdltool.data.formats.query import Query
 from mdltool.errors import MdlError
 from mdltool.types import Listing
 
@@ -19,7 +20,7 @@ def read(
         (folder / "videos" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "videos" / name).touch()
     (folder / "list.csv").write_text(text)
-    return FORMATS.load(form)(folder / "videos", folder / "list.csv", split, 1, classes)
+    return FORMATS.load(form)(Query(folder / "videos", folder / "list.csv", split, 1, classes))
 
 
 def named(listing: Listing) -> dict[str, set[str]]:
@@ -159,4 +160,4 @@ class TestRegression:
 @pytest.mark.parametrize("form", ["multilabel", "regression"])
 def test_the_file_must_be_given(tmp_path: Path, form: str) -> None:
     with pytest.raises(MdlError, match="the CSV file is not given"):
-        FORMATS.load(form)(tmp_path, None, "train")
+        FORMATS.load(form)(Query(tmp_path, None, "train"))

@@ -1,4 +1,4 @@
-"""Annotation formats, read as published. One file per format; each offers `read(source, annotations, split)`."""
+"""Annotation formats, read as published. One file per format; each offers a `query.Reader`."""
 
 from mdltool.registry import Table
 

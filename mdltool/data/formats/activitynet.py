@@ -9,13 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mdltool.data.formats.common import (
-    key_of,
-    same_split,
-    source_folder,
-)
+from mdltool.data.formats.common import key_of, same_split
 from mdltool.data.formats.gather import Gathering
 from mdltool.data.formats.json_file import object_of, read_json
+from mdltool.data.formats.query import Query
 from mdltool.errors import MdlError
 from mdltool.types import Listing
 
@@ -44,13 +41,7 @@ class _Found:
     repeated: int = 0
 
 
-def read(
-    source: Path,
-    annotations: Path | None,
-    split: str,
-    fold: int = 1,
-    classes: Sequence[str] | None = None,
-) -> Listing:
+def read(query: Query) -> Listing:
     """List the annotated segments of a subset in pieces of 10 s.
 
     source: holds v_<id>.mp4 or <id>.mp4, flat or in folders. A rest below 1 s at a segment's end is left out. Of
@@ -58,15 +49,13 @@ def read(
     `classes` fixes them (needed for excerpts). Raises MdlError for what is wrong with the file, and for a subset
     without labels, as the published testing one.
     """
-    source = source_folder(source)
-    path = _json_file(source, annotations)
+    source = query.folder()
+    path = _json_file(query)
     found = _Found()
-    videos = [
-        v for video_id, entry in _database(path).items() if (v := _video(video_id, entry, path, split, found))
-    ]
-    names = tuple(classes) if classes else tuple(sorted(found.labels))
+    videos = [_video(video_id, entry, path, query.split, found) for video_id, entry in _database(path).items()]
+    names = query.classes or tuple(sorted(found.labels))
     gathering = Gathering(source, names)
-    wanted = _of_split(videos, split, path)
+    wanted = _of_split(videos, query.split, path)
     for video in wanted:
         stem = f"v_{video.video_id}"
         candidates = gathering.videos.get(stem) or gathering.videos.get(video.video_id)
@@ -74,12 +63,11 @@ def read(
             span = (start_ms / 1000, end_ms / 1000)
             absent = (key_of(stem, *span), f"no file {stem}.* or {video.video_id}.*")
             gathering.take(candidates, name, where, absent, span)
-    return gathering.listing(_notes(videos, wanted, found, classes is not None), path)
+    return gathering.listing(_notes(videos, wanted, found, query), path)
 
 
-def _json_file(source: Path, annotations: Path | None) -> Path:
-    if annotations is None:
-        raise MdlError("the ActivityNet JSON file is not given", source, "--annotations activity_net.v1-3.min.json")
+def _json_file(query: Query) -> Path:
+    annotations = query.given("the ActivityNet JSON file", "--annotations activity_net.v1-3.min.json")
     if not annotations.is_dir():
         return annotations
     files = sorted(annotations.glob("activity_net*.json"))
@@ -167,13 +155,13 @@ def _of_split(videos: Sequence[_Video], split: str, path: Path) -> list[_Video]:
     return chosen
 
 
-def _notes(videos: Sequence[_Video], wanted: Sequence[_Video], found: _Found, fixed: bool) -> list[str]:
+def _notes(videos: Sequence[_Video], wanted: Sequence[_Video], found: _Found, query: Query) -> list[str]:
     subsets = Counter(video.subset for video in videos if video.subset is not None)
     counts = ", ".join(f"{name} {count}" for name, count in sorted(subsets.items()))
     pieces = sum(len(video.pieces) for video in wanted)
     notes = [
         f"videos: {counts}" if counts else f"videos: {len(videos)}, all taken: this file names no subsets",
-        "labels: from --classes" if fixed else "labels: those of the whole file, sorted (excerpt: give --classes)",
+        "labels: " + query.origin("those of the whole file, sorted (excerpt: give --classes)"),
         f"segments: {found.segments} cut into {pieces} clips of at most {CLIP_MS // 1000} s",
     ]
     if found.too_short:

@@ -25,6 +25,7 @@ from mdltool.data.formats.common import (
     relative_name,
     same_split,
 )
+from mdltool.data.formats.query import Query
 from mdltool.data.image_arrays import ARRAY_SUFFIXES, ArrayFault, ArrayHeader, headers_of, open_array
 from mdltool.errors import MdlError
 from mdltool.types import Clip, Listing
@@ -65,25 +66,20 @@ class _Array:
             raise MdlError(str(fault), self.path, "write the file again") from None
 
 
-def read(
-    source: Path,
-    annotations: Path | None,
-    split: str,
-    fold: int = 1,
-    classes: Sequence[str] | None = None,
-) -> Listing:
+def read(query: Query) -> Listing:
     """List the images of one split in a file or folder of arrays; where no name tells a split, all of them.
 
     The classes are `classes`, an array `classes` of names beside the labels, or the labels of all splits, sorted.
     Raises MdlError for files and arrays that are not as above.
     """
-    if annotations is not None:
-        raise MdlError("image arrays need no annotations", annotations, "leave --annotations out")
+    if query.annotations is not None:
+        raise MdlError("image arrays need no annotations", query.annotations, "leave --annotations out")
+    source = query.source
     arrays = _arrays(source)
     pairs = _pairs(arrays, source)
     values = {labels.where: _labels(labels, images) for images, labels in pairs}
-    names, label, note = _classes_of(arrays, list(values.values()), classes, source)
-    own = _of_split(pairs, split, source)
+    names, label, note = _classes_of(arrays, list(values.values()), query.classes, source)
+    own = _of_split(pairs, query.split, source)
     clips = []
     for images, labels in own:
         _check_images(images)

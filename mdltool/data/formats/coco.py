@@ -11,17 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mdltool.data.formats.common import (
-    SPLITS,
-    finished,
-    key_of,
-    label_notes,
-    label_of,
-    relative_name,
-    same_split,
-    source_folder,
-)
+from mdltool.data.formats.common import SPLITS, finished, key_of, label_notes, label_of, relative_name, same_split
 from mdltool.data.formats.json_file import object_of, read_json, text_of
+from mdltool.data.formats.query import Query
 from mdltool.errors import MdlError
 from mdltool.types import Clip, Listing
 
@@ -30,42 +22,27 @@ _SPLIT_IN_NAME = re.compile(
 )
 
 
-def read(
-    source: Path,
-    annotations: Path | None,
-    split: str,
-    fold: int = 1,
-    classes: Sequence[str] | None = None,
-) -> Listing:
+def read(query: Query) -> Listing:
     """List the images of the file. Labels are the categories in the order of their ids, or `classes`.
 
     The task is multi_label where an image has several categories, else single_label. Raises MdlError for a file
     without images, annotations or categories, and for what contradicts itself in it.
     """
-    return _read(source, annotations, split, classes, None)
+    return _read(query, None)
 
 
-def read_multilabel(
-    source: Path,
-    annotations: Path | None,
-    split: str,
-    fold: int = 1,
-    classes: Sequence[str] | None = None,
-) -> Listing:
+def read_multilabel(query: Query) -> Listing:
     """As `read`, and the task is multi_label whatever the file shows, so that splits agree."""
-    return _read(source, annotations, split, classes, True)
+    return _read(query, True)
 
 
-def _read(
-    source: Path, annotations: Path | None, split: str, classes: Sequence[str] | None, several: bool | None
-) -> Listing:
-    source = source_folder(source)
-    if annotations is None:
-        raise MdlError("the JSON file is not given", source, "add --annotations FILE, e.g. dtd_train.json")
+def _read(query: Query, several: bool | None) -> Listing:
+    source = query.folder()
+    annotations = query.given("the JSON file", "add --annotations FILE, e.g. dtd_train.json")
     content = object_of(read_json(annotations), annotations)
     images = _entries(content, "images", annotations, "give a COCO-style file")
     marks = _marks(content, annotations)
-    names, notes = _class_names(content, classes, annotations)
+    names, notes = _class_names(content, query, annotations)
     listed = _unique_ids(images, annotations)
     marked = _categories_of(marks, names, annotations)
     categories = {number: found for number, found in marked.items() if number in listed}
@@ -77,8 +54,8 @@ def _read(
     if several is None and task == "multi_label":
         crowded = sum(len(found) > 1 for found in categories.values())
         notes.append(f"task: multi_label, since {crowded} images have several categories")
-    notes += _split_notes(annotations, split)
-    index = {name: i for i, name in enumerate(classes or names.values())}
+    notes += _split_notes(annotations, query.split)
+    index = {name: i for i, name in enumerate(query.classes or names.values())}
     stripped, note = _stripped(source, [_file_name(image, annotations) for image in images])
     clips: list[Clip] = []
     missing: list[tuple[str, str]] = []
@@ -133,9 +110,7 @@ def _marks(content: dict[str, Any], where: Path) -> list[dict[str, Any]]:
     return marks
 
 
-def _class_names(
-    content: dict[str, Any], classes: Sequence[str] | None, where: Path
-) -> tuple[dict[int, str], list[str]]:
+def _class_names(content: dict[str, Any], query: Query, where: Path) -> tuple[dict[int, str], list[str]]:
     """(category id -> class name in the order of the ids, notes). Raises MdlError for an id that stands twice.
 
     Names that stand twice, as Omniglot's characters of several alphabets, are told apart by their supercategory.
@@ -151,7 +126,7 @@ def _class_names(
     order = sorted(by_id)
     plain = {i: text_of(by_id[i], "name", f"{where}, category {i}") for i in order}
     names = _distinct(plain, {i: str(by_id[i].get("supercategory", "")) for i in order})
-    origin = "names from --classes" if classes else "in the order of their ids"
+    origin = "names from --classes" if query.classes else "in the order of their ids"
     return names, [f"labels: {len(order)} categories, ids {order[0]} to {order[-1]}, {origin}"]
 
 

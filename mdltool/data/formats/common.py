@@ -83,17 +83,6 @@ def clip_name(clip: Clip, source: Path) -> str:
     return "/".join(part for part in (name, array, f"{row:06d}") if part)
 
 
-def source_folder(source: Path) -> Path:
-    """`source`, which must be a directory. Raises MdlError."""
-    if not source.exists():
-        raise MdlError("there is no such directory", source, "give the folder that holds the videos")
-    if not source.is_dir():
-        raise MdlError(
-            "the source is a file, not a directory", source, "give the folder of the videos; lists: --annotations"
-        )
-    return source
-
-
 def walk_videos(folder: Path, suffixes: Container[str] = VIDEO_SUFFIXES) -> Iterator[Path]:
     """Every file below a folder with one of the suffixes, in order of name; hidden files and folders are left out.
 

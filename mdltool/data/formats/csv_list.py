@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-
-from mdltool.data.formats.common import finished, label_of, source_folder
+from mdltool.data.formats.common import finished, label_of
+from mdltool.data.formats.query import Query
 from mdltool.data.formats.table import clips_of, read_rows, rows_of_split, segment_notes
-from mdltool.errors import MdlError
 from mdltool.types import Listing
 
 
-def read(
-    source: Path,
-    annotations: Path | None,
-    split: str,
-    fold: int = 1,
-    classes: Sequence[str] | None = None,
-) -> Listing:
+def read(query: Query) -> Listing:
     """List the rows of a CSV file; paths are relative to `source` or absolute.
 
     The classes are the labels of the whole file, sorted, whatever the split, so that the splits of one file
     agree; files of their own need `classes`. Raises MdlError for what is wrong with the file, with its row.
     """
-    source = source_folder(source)
-    if annotations is None:
-        raise MdlError("the CSV file is not given", source, "add --annotations FILE (columns: path,label)")
+    source = query.folder()
+    annotations = query.given("the CSV file", "add --annotations FILE (columns: path,label)")
     rows = read_rows(annotations, ("path", "label"), "the first line must name the columns: path,label[,start,end]")
-    names = tuple(classes) if classes else tuple(sorted({row["label"] for row in rows}))
+    names = query.classes or tuple(sorted({row["label"] for row in rows}))
     index = {name: i for i, name in enumerate(names)}
-    own = rows_of_split(rows, split, annotations)
+    own = rows_of_split(rows, query.split, annotations)
     clips, missing = clips_of(own, source, lambda row: label_of(row["label"], index, row.where))
-    order = (
-        "from --classes"
-        if classes
-        else "the labels of this file, sorted (give --classes where other splits are in other files)"
-    )
+    order = query.origin("the labels of this file, sorted (give --classes where other splits are in other files)")
     return finished(names, clips, missing, [f"labels: {order}", *segment_notes(clips)], annotations)

@@ -8,14 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mdltool.data.formats.common import (
-    choose_video,
-    finished,
-    in_order,
-    same_split,
-    source_folder,
-    videos_by_stem,
-)
+from mdltool.data.formats.common import choose_video, finished, in_order, same_split, videos_by_stem
+from mdltool.data.formats.query import Query
 from mdltool.data.formats.table import Row, read_rows
 from mdltool.errors import MdlError
 from mdltool.types import Clip, Listing
@@ -69,51 +63,35 @@ class _Lists:
     subsets: Mapping[str, tuple[str, ...]]
 
 
-def read(
-    source: Path,
-    annotations: Path | None,
-    split: str,
-    fold: int = 1,
-    classes: Sequence[str] | None = None,
-) -> Listing:
+def read(query: Query) -> Listing:
     """List the segments of a split, labelled with verb and noun.
 
     source: holds <participant>/videos/<video>.MP4, <participant>/<video>.* or the videos flat. annotations: the
     folder of the published CSV files, or one list in it; classes, pairs and subsets come from the files beside it.
     Raises MdlError for what is wrong with the files, for lists without labels, and for --classes.
     """
-    folder, lists, path = _read(source, annotations, split, classes)
-    clips, absent = _clips(folder, lists.own, {pair: pair for pair in lists.actions})
-    listing = finished(
-        (*lists.verbs, *lists.nouns), clips, _missing(absent, folder), _notes(lists), path, "verb_noun", absent
-    )
-    subsets = lists.subsets
-    return replace(listing, verbs=len(lists.verbs), actions=lists.actions, subsets=subsets)
+    lists, path = _read(query)
+    clips, absent = _clips(query.source, lists.own, {pair: pair for pair in lists.actions})
+    names, missing = (*lists.verbs, *lists.nouns), _missing(absent, query.source)
+    listing = finished(names, clips, missing, _notes(lists), path, "verb_noun", absent)
+    return replace(listing, verbs=len(lists.verbs), actions=lists.actions, subsets=lists.subsets)
 
 
-def read_actions(
-    source: Path,
-    annotations: Path | None,
-    split: str,
-    fold: int = 1,
-    classes: Sequence[str] | None = None,
-) -> Listing:
+def read_actions(query: Query) -> Listing:
     """As `read`, with the actions as the classes of one label space, in the order of the valid pairs."""
-    folder, lists, path = _read(source, annotations, split, classes)
-    clips, absent = _clips(folder, lists.own, {pair: i for i, pair in enumerate(lists.actions)})
+    lists, path = _read(query)
+    clips, absent = _clips(query.source, lists.own, {pair: i for i, pair in enumerate(lists.actions)})
     names = [f"{lists.verbs[verb]} {lists.nouns[noun]}" for verb, noun in lists.actions]
-    listing = finished(names, clips, _missing(absent, folder), _notes(lists), path, absent=absent)
+    listing = finished(names, clips, _missing(absent, query.source), _notes(lists), path, absent=absent)
     return replace(listing, subsets=lists.subsets)
 
 
-def _read(
-    source: Path, annotations: Path | None, split: str, classes: Sequence[str] | None
-) -> tuple[Path, _Lists, Path]:
-    """(source, what the files say, the split's list)."""
-    source = source_folder(source)
-    if classes is not None:
+def _read(query: Query) -> tuple[_Lists, Path]:
+    """(what the files say, the split's list)."""
+    query.folder()
+    if query.classes is not None:
         raise MdlError("the classes are those of the published files", "--classes", "leave it out")
-    path = _list_file(source, annotations, split)
+    path = _list_file(query)
     rows = read_rows(path, _COLUMNS, _HINT)
     verbs, nouns = _class_list(path.parent, (_VERBS,)), _class_list(path.parent, _NOUNS)
     durations = _durations(path.parent / _INFO)
@@ -124,19 +102,19 @@ def _read(
     lists = [path, *(p for name in _LISTS.values() if (p := path.parent / name).is_file() and p != path)]
     pairs = {s.pair for s in found} | {pair for other in lists[1:] for pair in _pairs(other)}
     _check_pairs(pairs, (len(verbs), len(nouns)), path)
-    subsets = {} if same_split("train", split) else _subsets(path.parent, own)
+    subsets = {} if same_split("train", query.split) else _subsets(path.parent, own)
     names, lost = tuple(sorted(p.name for p in lists)), len(cut) - len(own)
-    return source, _Lists(verbs, nouns, own, lost, clamped, tuple(sorted(pairs)), names, subsets), path
+    return _Lists(verbs, nouns, own, lost, clamped, tuple(sorted(pairs)), names, subsets), path
 
 
-def _list_file(source: Path, annotations: Path | None, split: str) -> Path:
-    if annotations is None:
-        raise MdlError("the folder of the published CSV files is not given", source, "--annotations FOLDER")
+def _list_file(query: Query) -> Path:
+    annotations = query.given("the folder of the published CSV files", "--annotations FOLDER")
     if not annotations.is_dir():
         return annotations
-    name = next((name for part, name in _LISTS.items() if same_split(part, split)), None)
+    name = next((name for part, name in _LISTS.items() if same_split(part, query.split)), None)
     if name is None:
-        raise MdlError(f"no labelled list is of '{split}'", annotations, "--split train or val: test has no labels")
+        what = f"no labelled list is of '{query.split}'"
+        raise MdlError(what, annotations, "--split train or val: test has no labels")
     if not (annotations / name).is_file():
         raise MdlError(f"the folder has no {name}", annotations, "get it, or give another list as --annotations")
     return annotations / name

@@ -5,14 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mdltool.data.formats.common import (
-    choose_video,
-    finished,
-    key_of,
-    label_of,
-    relative_name,
-    videos_by_stem,
-)
+from mdltool.data.formats.common import choose_video, finished, key_of, label_of, relative_name, videos_by_stem
 from mdltool.types import Clip, Listing
 
 Span = tuple[float | None, float | None]

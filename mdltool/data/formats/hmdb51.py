@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
-from mdltool.data.formats.common import (
-    key_of,
-    label_of,
-    official_part,
-    read_lines,
-    source_folder,
-)
+from mdltool.data.formats.common import key_of, label_of, official_part, read_lines
 from mdltool.data.formats.gather import Gathering
+from mdltool.data.formats.query import Query
 from mdltool.errors import MdlError
 from mdltool.types import Listing
 
@@ -22,22 +16,16 @@ _FOLDERS = ("testTrainMulti_7030_splits", "test_train_splits", "splits")
 _USE = {"train": "1", "eval": "2"}
 
 
-def read(
-    source: Path,
-    annotations: Path | None,
-    split: str,
-    fold: int = 1,
-    classes: Sequence[str] | None = None,
-) -> Listing:
+def read(query: Query) -> Listing:
     """List one of the three official folds; val and test both mean the videos marked 2.
 
     source: holds <class>/<video>, or the videos flat. annotations: the folder of the split files; without it,
     testTrainMulti_7030_splits/ in or beside `source`. Raises MdlError for missing or malformed split files.
     """
-    source = source_folder(source)
-    files = _split_files(source, annotations, fold)
-    use = _USE[official_part(split, annotations or source)]
-    names = tuple(classes) if classes else tuple(files)
+    source = query.folder()
+    files = _split_files(query)
+    use = _USE[official_part(query.split, query.place)]
+    names = query.classes or tuple(files)
     gathering = Gathering(source, names)
     counts: Counter[str] = Counter()
     for class_name, path in files.items():
@@ -54,25 +42,23 @@ def read(
             file = name.strip()
             absent = (f"{class_name}/{key_of(file)}", f"no file {class_name}/{file}")
             gathering.take(gathering.videos.get(Path(file).stem), class_name, str(path), absent)
-    notes = [
-        f"lists: {len(files)} files of fold {fold}: {counts['1']} train, {counts['2']} test, {counts['0']} unused",
-        "labels: class names, sorted",
-    ]
+    marked = f"{counts['1']} train, {counts['2']} test, {counts['0']} unused"
+    notes = [f"lists: {len(files)} files of fold {query.fold}: {marked}", "labels: class names, sorted"]
     return gathering.listing(notes, next(iter(files.values())).parent)
 
 
-def _split_files(source: Path, annotations: Path | None, fold: int) -> dict[str, Path]:
+def _split_files(query: Query) -> dict[str, Path]:
     """Class name -> its split file, sorted by name."""
-    roots = [annotations] if annotations else [source, source.parent]
+    roots = [query.annotations] if query.annotations else [query.source, query.source.parent]
     places = [place for root in roots for place in (root, *(root / name for name in _FOLDERS))]
     for place in places:
         found = {}
-        for path in place.glob(f"*_test_split{fold}.txt"):
+        for path in place.glob(f"*_test_split{query.fold}.txt"):
             found[re.sub(r"_test_split\d+\.txt$", "", path.name)] = path
         if found:
             return dict(sorted(found.items()))
     raise MdlError(
-        f"there are no split files '<class>_test_split{fold}.txt'",
+        f"there are no split files '<class>_test_split{query.fold}.txt'",
         roots[0],
         "--annotations FOLDER (the unpacked test_train_splits) and --fold 1, 2 or 3",
     )

@@ -2,46 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-
-from mdltool.data.formats.common import (
-    source_folder,
-)
 from mdltool.data.formats.gather import Gathering
+from mdltool.data.formats.query import Query
 from mdltool.data.formats.table import Row, read_rows, rows_of_split
-from mdltool.errors import MdlError
 from mdltool.types import Listing
 
 _NO_LABELS = "the published test lists carry no labels: use the train or val list"
 
 
-def read(
-    source: Path,
-    annotations: Path | None,
-    split: str,
-    fold: int = 1,
-    classes: Sequence[str] | None = None,
-) -> Listing:
+def read(query: Query) -> Listing:
     """List the rows of a published CSV file.
 
     source: holds <youtube_id>.mp4 or <youtube_id>_000017_000027.mp4, flat or in folders; a file is the cut clip,
     and of several of one name the one in its class's folder counts. The classes are the label column, sorted,
     unless `classes` fixes them (needed for excerpts of the lists). Raises MdlError for what is wrong with the file.
     """
-    source = source_folder(source)
-    if annotations is None:
-        raise MdlError("the Kinetics CSV file is not given", source, "add --annotations kinetics-400_val.csv")
+    source = query.folder()
+    annotations = query.given("the Kinetics CSV file", "add --annotations kinetics-400_val.csv")
     rows = read_rows(annotations, ("label", "youtube_id"), _NO_LABELS)
     labels = [_unquoted(row["label"]) for row in rows]
-    names = tuple(classes) if classes else tuple(sorted(set(labels)))
+    names = query.classes or tuple(sorted(set(labels)))
     gathering = Gathering(source, names)
-    for row in rows_of_split(rows, split, annotations):
+    for row in rows_of_split(rows, query.split, annotations):
         stems = _stems(row)
         candidates = next((gathering.videos[stem] for stem in stems if stem in gathering.videos), None)
         absent = (stems[0], f"no file {stems[0]}.* or {stems[-1]}.*")
         gathering.take(candidates, _unquoted(row["label"]), row.where, absent)
-    order = "from --classes" if classes else "the label column, sorted (give --classes for an excerpt)"
+    order = query.origin("the label column, sorted (give --classes for an excerpt)")
     return gathering.listing([f"labels: {order}"], annotations)
 
 

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from mdltool.data.formats.common import (
-    in_order,
-    key_of,
-    read_lines,
-    same_split,
-    source_folder,
-)
+from mdltool.data.formats.common import in_order, key_of, read_lines, same_split
 from mdltool.data.formats.gather import Gathering
+from mdltool.data.formats.query import Query
 from mdltool.errors import MdlError
 from mdltool.types import Listing
 
@@ -21,13 +15,7 @@ _LISTS = {"train": ("trainingSet.csv", "training"), "val": ("validationSet.csv",
 _CATEGORIES = "moments_categories.txt"
 
 
-def read(
-    source: Path,
-    annotations: Path | None,
-    split: str,
-    fold: int = 1,
-    classes: Sequence[str] | None = None,
-) -> Listing:
+def read(query: Query) -> Listing:
     """List a published CSV file: rows of path,label and the numbers of votes for and against it.
 
     source: the archive's folder with training/ and validation/, one of these, or the videos flat. annotations: the
@@ -35,10 +23,10 @@ def read(
     moments_categories.txt beside the CSV file, unless `classes` fixes them. Raises MdlError for what is wrong with
     the files, and for the test list, whose labels are not published.
     """
-    source = source_folder(source)
-    path = _list_file(source, annotations, split)
-    names, note = (tuple(classes), "from --classes") if classes else _class_list(path.parent / _CATEGORIES)
-    gathering = Gathering(source, names, _folder_of(source, split))
+    source = query.folder()
+    path = _list_file(query)
+    names, note = (query.classes, "from --classes") if query.classes else _class_list(path.parent / _CATEGORIES)
+    gathering = Gathering(source, names, _folder_of(source, query.split))
     rows = _rows(path)
     for name, label_name, where in rows:
         folder = name.parent.name
@@ -60,17 +48,15 @@ def _folder_of(source: Path, split: str) -> Path:
     return source / published[1] if published and (source / published[1]).is_dir() else source
 
 
-def _list_file(source: Path, annotations: Path | None, split: str) -> Path:
-    if annotations is not None and not annotations.is_dir():
-        return annotations
-    published = _published(split)
+def _list_file(query: Query) -> Path:
+    if query.annotations is not None and not query.annotations.is_dir():
+        return query.annotations
+    published = _published(query.split)
     if published is None:
-        raise MdlError(f"no labels of '{split}' are published", annotations or source, "--split train or val")
-    places = [annotations] if annotations else [source, source.parent]
-    found = next((place / published[0] for place in places if (place / published[0]).is_file()), None)
-    if found is None:
-        raise MdlError(f"{published[0]} is not there", places[0], "--annotations FOLDER of the CSV files")
-    return found
+        raise MdlError(f"no labels of '{query.split}' are published", query.place, "--split train or val")
+    beside = (query.source, query.source.parent)
+    fix = "--annotations FOLDER of the CSV files"
+    return query.find(published[:1], beside, f"{published[0]} is not there", fix)
 
 
 def _class_list(path: Path) -> tuple[tuple[str, ...], str]:

@@ -11,16 +11,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mdltool.data.formats.common import (
-    finished,
-    key_of,
-    label_notes,
-    relative_name,
-    same_split,
-    source_folder,
-    walk_videos,
-)
+from mdltool.data.formats.common import finished, key_of, label_notes, relative_name, same_split, walk_videos
 from mdltool.data.formats.multilabel import is_one
+from mdltool.data.formats.query import Query
 from mdltool.data.formats.table import Row, read_rows
 from mdltool.errors import MdlError
 from mdltool.registry import did_you_mean
@@ -33,13 +26,7 @@ _MICROPHONE = re.compile(r"(\d+)-(?:audio|mic)([0-3])")
 _HINT = "the first column names the snippet (00001 or 00001-video.mp4), each other one is a behaviour, 0 or 1"
 
 
-def read(
-    source: Path,
-    annotations: Path | None,
-    split: str,
-    fold: int = 1,
-    classes: Sequence[str] | None = None,
-) -> Listing:
+def read(query: Query) -> Listing:
     """List the snippets of a split.
 
     source: holds clips_<split>/, where need be further inside, or is it. annotations: the split's CSV file, or a
@@ -47,11 +34,11 @@ def read(
     snippet, 00001-audio0.wav (or mic0; 0..3) are its microphones: the sides audio_mic0..3. Raises MdlError for what
     is wrong with the files.
     """
-    source = source_folder(source)
-    path = _list_file(source, annotations, split)
+    source = query.folder()
+    path = _list_file(query.place, query.split)
     rows = read_rows(path, (), _HINT)
-    names = _names(rows[0], classes, path)
-    folder = _folder(source, split)
+    names = _names(rows[0], query.classes, path)
+    folder = _folder(source, query.split)
     videos = {m[1].lstrip("0"): v for v in walk_videos(folder) if (m := _CLIP.fullmatch(v.stem))}
     sounds = _microphones(folder)
     clips: list[Clip] = []
@@ -61,7 +48,7 @@ def read(
         label = tuple(i for i, name in enumerate(names) if is_one(row, name))
         video = videos.get(number.lstrip("0"))
         if video is None:
-            missing.append((key_of(f"clips_{split}/{number}"), f"no file {number}-video.*"))
+            missing.append((key_of(f"clips_{query.split}/{number}"), f"no file {number}-video.*"))
             continue
         key = key_of(relative_name(video, source))
         clips.append(Clip(key, video, label, sides=sounds.get(number.lstrip("0"), {})))
@@ -84,8 +71,7 @@ def _folder(source: Path, split: str) -> Path:
     return own[0] if own else source
 
 
-def _list_file(source: Path, annotations: Path | None, split: str) -> Path:
-    place = annotations or source
+def _list_file(place: Path, split: str) -> Path:
     if not place.is_dir():
         return place
     found = [path for path in sorted(place.glob("*.csv")) if split in re.split(r"[\W_]+", path.stem.lower())]

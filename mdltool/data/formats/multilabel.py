@@ -9,7 +9,8 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mdltool.data.formats.common import finished, label_notes, label_of, number_base, source_folder
+from mdltool.data.formats.common import finished, label_notes, label_of, number_base
+from mdltool.data.formats.query import Query
 from mdltool.data.formats.table import Row, clips_of, read_rows, rows_of_split, segment_notes, value_columns
 from mdltool.errors import MdlError
 from mdltool.types import Listing
@@ -18,13 +19,7 @@ _COLUMNS = "the first line must name the columns: path,labels or path,<class>,<c
 Label = Callable[[Row], tuple[int, ...]]
 
 
-def read(
-    source: Path,
-    annotations: Path | None,
-    split: str,
-    fold: int = 1,
-    classes: Sequence[str] | None = None,
-) -> Listing:
+def read(query: Query) -> Listing:
     """List the rows of a CSV file; paths are relative to `source` or absolute.
 
     With a column `labels`: names or numbers with ; or | between them, none for a clip of no class. The classes are
@@ -32,13 +27,12 @@ def read(
     Without it: a column of 0 and 1 for each class, in the file's order; `classes` chooses columns and their order.
     Raises MdlError for what is wrong with the file, with its row.
     """
-    source = source_folder(source)
-    if annotations is None:
-        raise MdlError("the CSV file is not given", source, "add --annotations FILE (columns: path,labels)")
+    source = query.folder()
+    annotations = query.given("the CSV file", "add --annotations FILE (columns: path,labels)")
     rows = read_rows(annotations, ("path",), _COLUMNS)
     form = _listed if "labels" in rows[0].values else _wide
-    names, label, notes = form(rows, classes, annotations)
-    clips, missing = clips_of(rows_of_split(rows, split, annotations), source, label)
+    names, label, notes = form(rows, query.classes, annotations)
+    clips, missing = clips_of(rows_of_split(rows, query.split, annotations), source, label)
     return finished(
         names, clips, missing, [*notes, *label_notes(clips), *segment_notes(clips)], annotations, "multi_label"
     )

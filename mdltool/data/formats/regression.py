@@ -6,11 +6,11 @@ Where wanted with start,end (seconds) and split (spec cm3t 5.2).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
-from mdltool.data.formats.common import finished, source_folder
+from mdltool.data.formats.common import finished
+from mdltool.data.formats.query import Query
 from mdltool.data.formats.table import Row, clips_of, read_rows, rows_of_split, segment_notes, value_columns
 from mdltool.errors import MdlError
 from mdltool.types import Clip, Listing
@@ -20,26 +20,19 @@ _SHOWN = 8
 _LARGEST = float(np.finfo(np.float32).max)  # as which a batch carries it
 
 
-def read(
-    source: Path,
-    annotations: Path | None,
-    split: str,
-    fold: int = 1,
-    classes: Sequence[str] | None = None,
-) -> Listing:
+def read(query: Query) -> Listing:
     """List the rows of a CSV file; paths are relative to `source` or absolute.
 
     The targets are the other columns, in the file's order; `classes` chooses columns and their order. The values
     stay as they are. Raises MdlError for what is wrong with the file, with its row.
     """
-    source = source_folder(source)
-    if annotations is None:
-        raise MdlError("the CSV file is not given", source, "add --annotations FILE (columns: path,<target>,...)")
+    source = query.folder()
+    annotations = query.given("the CSV file", "add --annotations FILE (columns: path,<target>,...)")
     rows = read_rows(annotations, ("path",), _COLUMNS)
-    names = value_columns(rows[0], classes, annotations, _COLUMNS)
-    own = rows_of_split(rows, split, annotations)
+    names = value_columns(rows[0], query.classes, annotations, _COLUMNS)
+    own = rows_of_split(rows, query.split, annotations)
     clips, missing = clips_of(own, source, lambda row: tuple(number_of(row, name) for name in names))
-    notes = [f"targets: {len(names)}, {'from --classes' if classes else 'in the order of the columns'}"]
+    notes = [f"targets: {len(names)}, {query.origin('in the order of the columns')}"]
     notes += spread_notes(names, clips)
     return finished(names, clips, missing, [*notes, *segment_notes(clips)], annotations, "regression")
 

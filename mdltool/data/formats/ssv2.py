@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mdltool.data.formats.common import (
-    in_order,
-    key_of,
-    read_lines,
-    same_split,
-    source_folder,
-)
+from mdltool.data.formats.common import in_order, key_of, read_lines, same_split
 from mdltool.data.formats.gather import Gathering
 from mdltool.data.formats.json_file import object_of, read_json, text_of
+from mdltool.data.formats.query import Query
 from mdltool.errors import MdlError
 from mdltool.types import Listing
 
@@ -29,22 +23,16 @@ _LABELS = (f"{_PREFIX}labels.json", "labels.json")
 _NO_LABELS = "the published test.json has no labels: use train or val, or test-answers.csv"
 
 
-def read(
-    source: Path,
-    annotations: Path | None,
-    split: str,
-    fold: int = 1,
-    classes: Sequence[str] | None = None,
-) -> Listing:
+def read(query: Query) -> Listing:
     """List one of the published lists; a class is a template without its brackets.
 
     source: holds <id>.webm, flat or in folders; re-encoded videos are found under other extensions.
     annotations: the folder of the lists, or one list with labels.json beside it; without it, labels/ in or beside
     `source`. Raises MdlError for lists that are missing, carry no labels, or name unknown templates.
     """
-    source = source_folder(source)
-    path = _list_file(source, annotations, split)
-    names, note = (tuple(classes), "from --classes") if classes else _class_list(path.parent)
+    source = query.folder()
+    path = _list_file(query)
+    names, note = (query.classes, "from --classes") if query.classes else _class_list(path.parent)
     gathering = Gathering(source, names)
     entries = _answers(path) if path.suffix == ".csv" else _records(path)
     for video_id, template, where in entries:
@@ -54,17 +42,16 @@ def read(
     return gathering.listing(notes, path)
 
 
-def _list_file(source: Path, annotations: Path | None, split: str) -> Path:
-    if annotations is not None and not annotations.is_dir():
-        return annotations
-    wanted = next((names for part, names in _LISTS.items() if same_split(part, split)), None)
+def _list_file(query: Query) -> Path:
+    if query.annotations is not None and not query.annotations.is_dir():
+        return query.annotations
+    wanted = next((names for part, names in _LISTS.items() if same_split(part, query.split)), None)
     if wanted is None:
-        raise MdlError(f"this data set has no split '{split}'", annotations or source, "--split train, val or test")
-    places = [annotations] if annotations else [source / "labels", source.parent / "labels", source, source.parent]
-    found = next((place / name for place in places for name in wanted if (place / name).is_file()), None)
-    if found is None:
-        raise MdlError(f"there is no {' or '.join(wanted)}", places[0], "--annotations FOLDER of the JSON files")
-    return found
+        raise MdlError(f"this data set has no split '{query.split}'", query.place, "--split train, val or test")
+    inside, outside = query.source, query.source.parent
+    beside = (inside / "labels", outside / "labels", inside, outside)
+    fix = "--annotations FOLDER of the JSON files"
+    return query.find(wanted, beside, f"there is no {' or '.join(wanted)}", fix)
 
 
 def _class_list(folder: Path) -> tuple[tuple[str, ...], str]:

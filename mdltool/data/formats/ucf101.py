@@ -5,38 +5,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from mdltool.data.formats.common import (
-    key_of,
-    official_part,
-    read_lines,
-    source_folder,
-)
+from mdltool.data.formats.common import key_of, official_part, read_lines
 from mdltool.data.formats.gather import Gathering
+from mdltool.data.formats.query import Query
 from mdltool.errors import MdlError
 from mdltool.types import Listing
 
+_FOLDER = "ucfTrainTestlist"
 _LISTS = {"train": "trainlist", "eval": "testlist"}
 
 
-def read(
-    source: Path,
-    annotations: Path | None,
-    split: str,
-    fold: int = 1,
-    classes: Sequence[str] | None = None,
-) -> Listing:
+def read(query: Query) -> Listing:
     """List one of the three official folds; val and test both mean the test list.
 
     source: holds <class>/<video>, the videos flat, or the archive's UCF-101/. annotations: the folder of the
     lists, or one list; without it, ucfTrainTestlist/ in or beside `source`. A re-encoded video is found under
     another extension. Raises MdlError for lists that are missing or contradict classInd.txt.
     """
-    source = source_folder(source)
-    path = _list_file(source, annotations, split, fold)
+    source = query.folder()
+    path = _list_file(query)
     official = _class_list(path.parent / "classInd.txt")
     entries = [_entry(line, f"{path}, line {number}") for number, line in read_lines(path)]
     base, note = _label_base(entries, official)
-    names = tuple(classes) if classes else official
+    names = query.classes or official
     gathering = Gathering(source, names)
     for name, number, where in entries:
         class_name = name.parent.name or official[(number or 0) - base]
@@ -45,17 +36,13 @@ def read(
     return gathering.listing([f"list: {path.name}", note], path)
 
 
-def _list_file(source: Path, annotations: Path | None, split: str, fold: int) -> Path:
-    if annotations is not None and annotations.is_file():
-        return annotations
-    name = f"{_LISTS[official_part(split, annotations or source)]}{fold:02d}.txt"
-    places = (
-        [annotations] if annotations else [source / "ucfTrainTestlist", source.parent / "ucfTrainTestlist", source]
-    )
-    for place in places:
-        if (place / name).is_file():
-            return place / name
-    raise MdlError(f"the official list {name} is not there", places[0], "--annotations FOLDER and --fold 1, 2 or 3")
+def _list_file(query: Query) -> Path:
+    if query.annotations is not None and query.annotations.is_file():
+        return query.annotations
+    name = f"{_LISTS[official_part(query.split, query.place)]}{query.fold:02d}.txt"
+    beside = (query.source / _FOLDER, query.source.parent / _FOLDER, query.source)
+    fix = "--annotations FOLDER and --fold 1, 2 or 3"
+    return query.find((name,), beside, f"the official list {name} is not there", fix)
 
 
 def _class_list(path: Path) -> tuple[str, ...]:

@@ -13,8 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from mdltool.data.decode import check_video
-from mdltool.data.formats.common import finished, key_of, relative_name, source_folder, walk_videos
+from mdltool.data.formats.common import finished, key_of, relative_name, walk_videos
 from mdltool.data.formats.gather import Span
+from mdltool.data.formats.query import Query
 from mdltool.data.formats.regression import number_of, spread_notes
 from mdltool.data.formats.table import Row, read_rows
 from mdltool.data.video import VideoError
@@ -38,13 +39,7 @@ Recording = tuple[str, str, int]
 """Session, the task's letter, and the participant: 1 or 2."""
 
 
-def read(
-    source: Path,
-    annotations: Path | None,
-    split: str,
-    fold: int = 1,
-    classes: Sequence[str] | None = None,
-) -> Listing:
+def read(query: Query) -> Listing:
     """List windows of 2.56 s, one after the other, of every recording of a split.
 
     source: the folder of the recordings. annotations: that of the metadata (default: the source). The targets are
@@ -53,11 +48,10 @@ def read(
     or text, one of both. Without any sound file audio_self is no side, but every recording's own track. Raises
     MdlError for what is wrong with the files.
     """
-    source = source_folder(source)
-    place = annotations or source
-    names = tuple(classes or TRAITS)
-    sessions, where = _sessions(place, split)
-    labels = _labels(place, split, names)
+    source = query.folder()
+    names = query.classes or TRAITS
+    sessions, where = _sessions(query.place, query.split)
+    labels = _labels(query.place, query.split, names)
     files = _files(source, sessions)
     clips: list[Clip] = []
     missing: list[tuple[str, str]] = []
