@@ -39,6 +39,7 @@ HELPERS = {
     "modalities",
     "plan",
     "fitting",
+    "making",
     "weights",
     "continuing",
     "compression",
