@@ -24,10 +24,9 @@ from mdltool.registry import did_you_mean
 from mdltool.source_adapters import begin_as_source
 from mdltool.stages.continuing import alone, joined, settled
 from mdltool.stages.fitting import Scope, gather_data
-from mdltool.stages.making import commit_model, describe, inputs_of, progress_summary, trained
-from mdltool.stages.plan import completed, model_spec
+from mdltool.stages.making import commit_model, describe, inputs_of, make_model, progress_summary, trained
+from mdltool.stages.plan import model_spec
 from mdltool.stages.sources import with_sources
-from mdltool.train.together import make_together
 
 
 def run(
@@ -74,16 +73,9 @@ def run(
             summary = describe(draft, model.spec, whole, spaces, own, model.parameter_counts())
             commit_model(draft, summary | {"added": domain} | progress_summary(progress))
 
-    return make_together(
-        out,
-        make,
-        kind="model",
-        stage="add-domain",
-        inputs=inputs_of(source, data, work),
-        request={"recipe": recipe.model_dump(mode="json"), "start_from": start_from},
-        resume="must" if resume else "ask",
-        completed=completed,
-    )
+    inputs = inputs_of(source, data, work)
+    request = {"recipe": recipe.model_dump(mode="json"), "start_from": start_from}
+    return make_model(out, make, stage="add-domain", inputs=inputs, request=request, resume=resume)
 
 
 def _begin(model: MultiDomainModel, backbone: Artifact | None, choice: str, domain: str) -> None:

@@ -18,11 +18,9 @@ from mdltool.model_store import grown, label_spaces, load_model, refuse_fused, s
 from mdltool.registry import did_you_mean
 from mdltool.stages.begin_streams import begin_streams
 from mdltool.stages.fitting import Scope, gather_data, train_indices
-from mdltool.stages.making import commit_model, describe, inputs_of, progress_summary, trained
+from mdltool.stages.making import commit_model, describe, inputs_of, make_model, progress_summary, trained
 from mdltool.stages.modalities import Addition, Wanted, settle, spec_with
-from mdltool.stages.plan import completed
 from mdltool.stages.sources import with_sources
-from mdltool.train.together import make_together
 
 
 @dataclass(frozen=True)
@@ -76,16 +74,7 @@ def run(
             summary = describe(draft, model.spec, recipe, label_spaces(content), own, counts)
             commit_model(draft, summary | {"added": added.streams} | progress_summary(progress))
 
-    return make_together(
-        out,
-        make,
-        kind="model",
-        stage="add-modality",
-        inputs=inputs,
-        request=request,
-        resume="must" if resume else "ask",
-        completed=completed,
-    )
+    return make_model(out, make, stage="add-modality", inputs=inputs, request=request, resume=resume)
 
 
 def _trainable(model: MultiDomainModel, new: list[str], added: Addition, wanted: Wanted) -> list[str]:

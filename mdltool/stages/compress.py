@@ -39,14 +39,13 @@ from mdltool.stages.compression import (
     training_of,
 )
 from mdltool.stages.fitting import Scope
-from mdltool.stages.making import commit_model, describe, inputs_of, progress_summary
-from mdltool.stages.plan import completed
+from mdltool.stages.making import commit_model, describe, inputs_of, make_model, progress_summary
 from mdltool.stages.sweeping import Sweep, check_sweep, smallest_good, swept
 from mdltool.stages.whitening import Calibration, Whiten, check_whiten
 from mdltool.train.checkpoint import save_tensors
 from mdltool.train.distributed import join_world
 from mdltool.train.plan import Progress
-from mdltool.train.together import by_main, make_together
+from mdltool.train.together import by_main
 
 _START = "start.safetensors"  # the compressed model that fine-tuning begins from
 _AS_WRITTEN = Svd()
@@ -95,16 +94,8 @@ def run(
         if draft is not None:
             _commit(draft, settled, spec, table, progress)
 
-    return make_together(
-        out,
-        make,
-        kind="model",
-        stage="compress",
-        inputs=inputs,
-        request=_request(job, training, sweep, whiten),
-        resume=training.resume if training is not None else "never",
-        completed=completed,
-    )
+    request, resume = _request(job, training, sweep, whiten), training.resume if training is not None else None
+    return make_model(out, make, stage="compress", inputs=inputs, request=request, resume=resume)
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ class Training:
     recipe: Recipe
     data: dict[str, DomainData]
     workers: int
-    resume: str
+    resume: bool
 
 
 def training_of(
@@ -108,8 +108,7 @@ def training_of(
     whole = sort_shards(before, finetune.shards)
     clips = {name: len(wanted(before, part.train_index)) for name, part in whole.items()}
     recipe = finetuning(stored, finetune.updates, clips, finetune.overrides, source)
-    resume = "must" if finetune.resume else "ask"
-    return Training(recipe, announced_parts(recipe, whole), finetune.workers, resume)
+    return Training(recipe, announced_parts(recipe, whole), finetune.workers, finetune.resume)
 
 
 def finetuned(

@@ -35,11 +35,10 @@ from mdltool.stages.compression import (
 )
 from mdltool.stages.continuing import alone, joined, recipe_of
 from mdltool.stages.fitting import Scope
-from mdltool.stages.making import commit_model, describe, inputs_of, progress_summary
-from mdltool.stages.plan import completed
+from mdltool.stages.making import commit_model, describe, inputs_of, make_model, progress_summary
 from mdltool.train.checkpoint import save_tensors
 from mdltool.train.distributed import join_world
-from mdltool.train.together import by_main, make_together
+from mdltool.train.together import by_main
 
 _START = "start.safetensors"
 
@@ -89,16 +88,9 @@ def run(
             summary |= {"added": job.domain, "grown": grow, "lost": lost(table), **progress_summary(progress)}
             commit_model(draft, summary, drop=(_START,))
 
-    return make_together(
-        out,
-        make,
-        kind="model",
-        stage="compress --extend",
-        inputs=inputs_of(source, training.data if training is not None else None, work, [other]),
-        request=request,
-        resume=training.resume if training is not None else "never",
-        completed=completed,
-    )
+    data, resume = (training.data, training.resume) if training is not None else (None, None)
+    inputs = inputs_of(source, data, work, [other])
+    return make_model(out, make, stage="compress --extend", inputs=inputs, request=request, resume=resume)
 
 
 @dataclass(frozen=True)

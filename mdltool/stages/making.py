@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,34 @@ from mdltool.model_spec import ModelSpec
 from mdltool.model_store import find_backbone, stored_tensors, write_model_json
 from mdltool.schema import Recipe
 from mdltool.stages.fitting import DomainData, Scope, fit
+from mdltool.stages.plan import completed
 from mdltool.train.checkpoint import save_tensors
 from mdltool.train.distributed import join_world
 from mdltool.train.plan import Progress
+from mdltool.train.together import make_together
 from mdltool.types import LabelSpace
+
+
+def make_model(
+    out: Path,
+    make: Callable[[Draft | None], object],
+    *,
+    stage: str,
+    inputs: Sequence[Input],
+    request: Mapping[str, Any],
+    resume: bool | None,
+) -> Artifact:
+    """`make_together` of a model. resume: whether an interrupted run is to go on; None: nothing of it could."""
+    return make_together(
+        out,
+        make,
+        kind="model",
+        stage=stage,
+        inputs=inputs,
+        request=request,
+        resume="never" if resume is None else "must" if resume else "ask",
+        completed=completed,
+    )
 
 
 def data_inputs(data: Mapping[str, DomainData]) -> list[Input]:

@@ -18,10 +18,9 @@ from mdltool.model_store import (
 from mdltool.schema import Recipe
 from mdltool.source_adapters import begin_as_source, check_source_adapters
 from mdltool.stages.fitting import gather_data
-from mdltool.stages.making import commit_model, data_inputs, describe, progress_summary, trained
-from mdltool.stages.plan import check, completed, model_spec
+from mdltool.stages.making import commit_model, data_inputs, describe, make_model, progress_summary, trained
+from mdltool.stages.plan import check, model_spec
 from mdltool.stages.sources import with_sources
-from mdltool.train.together import make_together
 
 
 def run(
@@ -58,16 +57,8 @@ def run(
                 about["clips"] = len(data[name].train_index)
             commit_model(draft, summary | progress_summary(progress))
 
-    return make_together(
-        out,
-        make,
-        kind="model",
-        stage="train",
-        inputs=data_inputs(data) + ([source.as_input("backbone")] if source is not None else []),
-        request=request,
-        resume="must" if resume else "ask",
-        completed=completed,
-    )
+    inputs = data_inputs(data) + ([source.as_input("backbone")] if source is not None else [])
+    return make_model(out, make, stage="train", inputs=inputs, request=request, resume=resume)
 
 
 def _initial(
