@@ -6,10 +6,11 @@ import io
 from collections.abc import Container, Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import av
 import numpy as np
+from av.container import InputContainer
 from av.video.reformatter import VideoReformatter
 
 from mdltool.data.video import DecodeStats, FramesMissing, VideoError, head, wrong_content
@@ -18,6 +19,7 @@ from mdltool.data.video import DecodeStats, FramesMissing, VideoError, head, wro
 # stream bit-exact when told so.
 _SKIPS_UNREFERENCED = ("h264", "hevc")
 _KEEP_PACKETS_BYTES = 256 << 20
+Track = TypeVar("Track", av.VideoStream, av.AudioStream)
 
 
 def readable(source: Path | bytes) -> str | BinaryIO:
@@ -30,6 +32,27 @@ def readable(source: Path | bytes) -> str | BinaryIO:
     except UnicodeEncodeError:  # a name that is not UTF-8
         return open(source, "rb")
     return name
+
+
+def packets_of(container: InputContainer, stream: Track) -> Iterator[av.Packet[Track]]:
+    """The stream's packets from the current position, and the empty one that has a decoder give out all it holds.
+
+    A container that breaks off keeps what came before.
+    """
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets, None)
+        except av.FFmpegError:
+            return
+        if packet is None:
+            return
+        yield packet
+
+
+def demux(container: InputContainer, stream: av.VideoStream) -> Iterator[av.Packet]:
+    """As `packets_of`, without the empty one."""
+    return (packet for packet in packets_of(container, stream) if packet.size)
 
 
 class PyavReader:
@@ -105,7 +128,7 @@ class PyavReader:
         """Times of the frames, (pts, packet number) of the keyframes in packet order, and a frame's duration."""
         pts: list[int | None] = []
         keys, kept, step = [], 0, 0
-        for number, packet in enumerate(self._demux()):
+        for number, packet in enumerate(demux(self._container, self._stream)):
             kept += packet.size
             if self._packets is not None:
                 self._packets.append(packet)
@@ -141,18 +164,6 @@ class PyavReader:
         guessed = self._container.format.name == "avi" or self.codec == "mpeg4"
         return self._context.has_b_frames and (guessed or pts == sorted(pts))
 
-    def _demux(self) -> Iterator[av.Packet]:
-        packets = self._container.demux(self._stream)
-        while True:
-            try:
-                packet = next(packets, None)
-            except av.FFmpegError:  # a container that breaks off keeps what came before
-                return
-            if packet is None:
-                return
-            if packet.size:
-                yield packet
-
     def _key_before(self, pts: int) -> int:
         """Number of the last packet from which everything at or after pts decodes."""
         before = self._keys[self._keys[:, 0] <= pts, 1]
@@ -176,7 +187,7 @@ class PyavReader:
             yield from self._packets[start:]
             return
         self._container.seek(int(self._pts[0]), stream=self._stream)
-        for number, packet in enumerate(self._demux()):
+        for number, packet in enumerate(demux(self._container, self._stream)):
             if number >= start:
                 yield packet
 
@@ -223,14 +234,14 @@ def quarter_turns(rotation_degrees: float) -> int:
     return round(rotation_degrees / 90) % 4 if abs(rotation_degrees) <= 360 else 0
 
 
-def _open(source: Path | bytes) -> av.container.InputContainer:
+def _open(source: Path | bytes) -> InputContainer:
     try:
         return av.open(readable(source), mode="r", metadata_errors="ignore")
     except (av.FFmpegError, OSError, ValueError) as error:
         raise VideoError(_why_not_opened(source, error)) from None
 
 
-def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
+def _video_stream(container: InputContainer) -> av.VideoStream:
     stream = container.streams.best("video")
     if stream is None:
         if container.streams.video:

@@ -21,10 +21,10 @@ from av.codec.context import Flags
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
 from mdltool.data.decode import check_video
-from mdltool.data.decode_pyav import quarter_turns
+from mdltool.data.decode_pyav import demux, quarter_turns
 from mdltool.data.image import read_image, shrunk, write_image
 from mdltool.data.image_arrays import read_row
-from mdltool.data.remux import cut_segment, demux, find_span, open_video, segment_packets
+from mdltool.data.remux import cut_segment, find_span, open_video, segment_packets
 from mdltool.data.video import VideoError
 from mdltool.types import Clip
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 from av.container import InputContainer
 
 from mdltool.data.decode import check_video
-from mdltool.data.decode_pyav import PyavReader, readable
+from mdltool.data.decode_pyav import PyavReader, demux, readable
 from mdltool.data.video import SAME_INSTANT_S, DecodeStats, VideoError
 
 # What torchcodec takes goes into MP4; Matroska holds nearly everything else, at a resolution of 1 ms.
@@ -61,20 +60,6 @@ def open_video(video: Path) -> tuple[InputContainer, av.VideoStream]:
             other.discard = av.stream.Discard.all
     stream.codec_context.thread_count = 1
     return container, stream
-
-
-def demux(container: InputContainer, stream: av.VideoStream) -> Iterator[av.Packet]:
-    """The stream's packets from the current position; a container that breaks off keeps what came before."""
-    packets = container.demux(stream)
-    while True:
-        try:
-            packet = next(packets, None)
-        except av.FFmpegError:
-            return
-        if packet is None:
-            return
-        if packet.size:
-            yield packet
 
 
 def find_span(

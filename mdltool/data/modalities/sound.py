@@ -19,7 +19,7 @@ from av.codec.context import Flags
 from av.container import InputContainer
 from av.stream import Disposition
 
-from mdltool.data.decode_pyav import readable
+from mdltool.data.decode_pyav import packets_of, readable
 from mdltool.data.modalities import Absent, Part, Sound
 from mdltool.data.remux import find_span, open_video
 from mdltool.errors import MdlError
@@ -147,14 +147,7 @@ class _Track:
         return filled
 
     def _frames(self) -> Iterator[av.AudioFrame]:
-        packets = self.container.demux(self.stream)
-        while True:
-            try:
-                packet = next(packets, None)
-            except av.FFmpegError:  # a container that breaks off keeps what came before
-                return
-            if packet is None:
-                return
+        for packet in packets_of(self.container, self.stream):
             try:
                 yield from packet.decode()
             except av.FFmpegError:  # a damaged packet costs its own samples only
