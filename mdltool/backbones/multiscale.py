@@ -9,6 +9,7 @@ height, W width; in attention B batch, H heads, N tokens, M keys, D channels of 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.models.video.mvit import MultiscaleBlock
 
-from mdltool.backbones.transformer import Names, OpenAttention, OpenBlock, Prefix, attend, both_of
-from mdltool.wrapping import Route, TokenGrid, Wrapper
+from mdltool.backbones.transformer import Names, OpenAttention, OpenBlock, Prefix, attend, fused_prefix
+from mdltool.wrapping import Route, TokenGrid
 
 Grid = tuple[int, int, int]
 
@@ -97,22 +98,16 @@ def _distances(table_RD: Tensor, queries: int, keys: int) -> Tensor:
 
 
 def _prefix(layer: Any, prefix: Tensor | None, gate: Tensor | None, mass: Tensor | None) -> Prefix | None:
-    """Keys and values by the last two thirds of the fused weight, without bias.
+    """As `fused_prefix`, pooled.
 
     A prefix token has no place in the grid, so it takes the class token's way: past the pooling convolution,
     through the norm after it, which brings it to the scale of the pooled keys and values.
     """
-    if prefix is None or gate is None:
-        return None
-    qkv = layer.qkv
-    while isinstance(qkv, Wrapper):  # LoRA, which the prefix does not pass
-        qkv = qkv.inner
-    weights = qkv.weight.chunk(3)[1:]
-    rows = [functional.linear(part_LC, weight) for part_LC, weight in zip(both_of(prefix), weights, strict=True)]
-    keys, values = (part.unflatten(-1, (layer.num_heads, -1)).transpose(0, 1) for part in rows)
-    if layer.pool_k is not None:
-        keys, values = layer.pool_k.norm_act(keys), layer.pool_v.norm_act(values)
-    return Prefix(keys, values, gate, mass)
+    own = fused_prefix(layer, prefix, gate, mass)
+    if own is None or layer.pool_k is None:
+        return own
+    keys, values = layer.pool_k.norm_act(own.keys_HLD), layer.pool_v.norm_act(own.values_HLD)
+    return replace(own, keys_HLD=keys, values_HLD=values)
 
 
 def shortcut(block: Any, x: Tensor, grid: TokenGrid) -> tuple[Tensor, TokenGrid]:

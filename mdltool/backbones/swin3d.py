@@ -14,8 +14,8 @@ from torch.nn import functional
 from torchvision.models.video.swin_transformer import SwinTransformer3d
 
 from mdltool.backbones.base import BackboneOptions
-from mdltool.backbones.transformer import Names, OpenAttention, Prefix, TransformerBackbone, attend, both_of
-from mdltool.wrapping import TokenGrid, Wrapper
+from mdltool.backbones.transformer import Names, OpenAttention, TransformerBackbone, attend, fused_prefix
+from mdltool.wrapping import TokenGrid
 
 Size = Annotated[int, Field(ge=1)]
 
@@ -61,25 +61,12 @@ class WindowAttention(OpenAttention):
             mask_VNN = _shift_mask(padded, window, shift, q)
             bias_BHNN = (bias_BHNN + mask_VNN[:, None]).repeat(len(x_BTHWC), 1, 1, 1)
         dropout = layer.attention_dropout if layer.training else 0.0
-        y = attend(q, k, v, bias_BHNN, _prefix(layer, prefix, gate, mass), dropout)
+        y = attend(q, k, v, bias_BHNN, fused_prefix(layer, prefix, gate, mass), dropout)
         y = _unpartition(y, len(x_BTHWC), padded, window)
         y = functional.dropout(layer.proj(y), layer.dropout, layer.training)
         if any(shift):
             y = y.roll(shift, (1, 2, 3))
         return y[:, : size[0], : size[1], : size[2]]
-
-
-def _prefix(layer: Any, prefix: Tensor | None, gate: Tensor | None, mass: Tensor | None) -> Prefix | None:
-    """Keys and values by rows C..3C-1 of the fused weight, without bias."""
-    if prefix is None or gate is None:
-        return None
-    qkv = layer.qkv
-    while isinstance(qkv, Wrapper):  # LoRA, which the prefix does not pass
-        qkv = qkv.inner
-    weights = qkv.weight.chunk(3)[1:]
-    rows = [functional.linear(part_LC, weight) for part_LC, weight in zip(both_of(prefix), weights, strict=True)]
-    keys, values = (part.unflatten(-1, (layer.num_heads, -1)).transpose(0, 1) for part in rows)
-    return Prefix(keys, values, gate, mass)
 
 
 def _partition(x_BTHWC: Tensor, window: list[int], heads: int) -> Tensor:

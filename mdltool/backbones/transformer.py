@@ -10,7 +10,7 @@ own. Shape suffixes: B batch, N tokens, H heads, L prefix tokens, C channels, D 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -81,9 +81,33 @@ class Prefix:
     mass: Tensor | None = None
 
 
-def both_of(prefix: Tensor) -> tuple[Tensor, Tensor]:
-    """What becomes the keys and what the values of a prefix, [L, C] each."""
-    return (prefix[0], prefix[1]) if prefix.ndim == 3 else (prefix, prefix)
+def frozen_weight(projection: nn.Module) -> Tensor:
+    """A projection's own weight, without LoRA, which a prefix does not pass."""
+    while isinstance(projection, Wrapper):
+        projection = projection.inner
+    weight = projection.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def keys_and_values(prefix: Tensor, weights: Sequence[Tensor], width: int) -> tuple[Tensor, Tensor]:
+    """A prefix's keys and values [H, L, D] by the weights of both projections, without biases (spec cm3t 2.3).
+
+    prefix: [L, C], or [2, L, C] of each their own. width: D.
+    """
+    both = prefix if prefix.ndim == 3 else (prefix, prefix)
+    rows = [functional.linear(part_LC, weight) for part_LC, weight in zip(both, weights, strict=True)]
+    keys, values = (part.unflatten(-1, (-1, width)).transpose(0, 1) for part in rows)
+    return keys, values
+
+
+def fused_prefix(layer: Any, prefix: Tensor | None, gate: Tensor | None, mass: Tensor | None) -> Prefix | None:
+    """A prefix by the last two thirds of the fused weight of torchvision's attention."""
+    if prefix is None or gate is None:
+        return None
+    weights = frozen_weight(layer.qkv).chunk(3)
+    width = len(weights[0]) // layer.num_heads
+    return Prefix(*keys_and_values(prefix, weights[1:], width), gate, mass)
 
 
 def attend(
@@ -135,10 +159,8 @@ class ProjectedAttention(OpenAttention):
 
         joined = None
         if prefix is not None and gate is not None:
-            pairs = zip((layer.k_proj, layer.v_proj), both_of(prefix), strict=True)
-            rows = [_prefix(projection, prefix_LC) for projection, prefix_LC in pairs]
-            keys, values = (part.unflatten(-1, (-1, width)).transpose(-3, -2) for part in rows)
-            joined = Prefix(keys, values, gate, mass)
+            weights = (frozen_weight(layer.k_proj), frozen_weight(layer.v_proj))
+            joined = Prefix(*keys_and_values(prefix, weights, width), gate, mass)
         dropout = self._dropout() if layer.training else 0.0
         q, k, v = (heads(projection, x) for projection in (layer.q_proj, layer.k_proj, layer.v_proj))
         y_BNC = attend(q, k, v, None, joined, dropout).transpose(1, 2).flatten(2)
@@ -149,15 +171,6 @@ class ProjectedAttention(OpenAttention):
         layer: Any = self.inner
         rate: float = layer.dropout if hasattr(layer, "dropout") else layer.attention_dropout
         return rate
-
-
-def _prefix(projection: nn.Module, prefix_LC: Tensor) -> Tensor:
-    """A prefix through a frozen key or value projection without its bias (spec cm3t 2.3)."""
-    while isinstance(projection, Wrapper):  # LoRA, which the prefix does not pass
-        projection = projection.inner
-    weight = projection.weight
-    assert isinstance(weight, Tensor)
-    return functional.linear(prefix_LC, weight)
 
 
 class Dropped(Wrapper):
