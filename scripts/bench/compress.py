@@ -14,13 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+from commands import make_shards, mdltool, options_of, spread
 
 from mdltool.compress import ranks
 from mdltool.compress.factoring import decompositions, factored, site_weights
@@ -74,7 +74,8 @@ def timed(name: str) -> bool:
 
 def accuracy(folder: Path, seeds: int, updates: int, finetune: int) -> bool:
     """Print a row for each way to compress, over seeds; whether rank 0.5 with fine-tuning is within reach."""
-    make_shards(folder)
+    make_shards(folder, DOMAINS, 24)
+    mdltool("backbone", "pretrain", "--data", f"chalk={folder / 'shards' / 'chalk-train'}", "--work", folder)
     runs = [one_seed(folder, seed, updates, finetune) for seed in range(seeds)]
     print(f"| model | adapters | {' | '.join(DOMAINS)} | mean |")
     print(f"|---|{'---|' * (len(DOMAINS) + 2)}")
@@ -122,32 +123,6 @@ def scored(folder: Path, model: Path) -> dict:
     top1 = {domain: domains[domain]["metrics"]["top1"] for domain in DOMAINS}
     adapters = json.loads((model / "model.json").read_text())["parameters"]["adapters"]
     return {"adapters": adapters, "top1": top1, "mean": 100 * statistics.mean(top1.values())}
-
-
-def spread(values: list[float]) -> str:
-    """Mean, and the lowest and the highest."""
-    return f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
-
-
-def make_shards(folder: Path) -> None:
-    """Videos and shards of the generated domains, and a backbone pretrained on the first."""
-    mdltool("synth", "--out", folder / "videos", "--domains", ",".join(DOMAINS), "--clips-per-class", 24)
-    for domain in DOMAINS:
-        for split in ("train", "val"):
-            source = folder / "videos" / domain / split
-            mdltool("shard", source, "--format", "folder", "--domain", domain, "--split", split, "--work", folder)
-    mdltool("backbone", "pretrain", "--data", f"chalk={folder / 'shards' / 'chalk-train'}", "--work", folder)
-
-
-def options_of(changes: list[str]) -> list[str]:
-    return [word for change in changes for word in ("--set", change)]
-
-
-def mdltool(*words: object) -> None:
-    command = [sys.executable, "-m", "mdltool", *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(done.stderr)
 
 
 if __name__ == "__main__":

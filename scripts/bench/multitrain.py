@@ -13,12 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
+from commands import make_shards, mdltool, options_of, spread
 
 from mdltool.artifact import open_artifact
 from mdltool.data.index import ShardIndex
@@ -45,7 +45,7 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="mdltool-bench-") as temporary:
         folder = options.dir or Path(temporary)
-        make_shards(folder)
+        make_shards(folder, DOMAINS, 12)
         print(f"| row | {' | '.join(DOMAINS)} | mean | effective rank |")
         print(f"|---|{'---|' * (len(DOMAINS) + 2)}")
         for row in ROWS:
@@ -55,26 +55,11 @@ def main() -> int:
     return 0
 
 
-def spread(values: list[float]) -> str:
-    """Mean, and the lowest and the highest."""
-    return f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
-
-
-def make_shards(folder: Path) -> None:
-    """Videos and shards of the generated domains."""
-    mdltool("synth", "--out", folder / "videos", "--domains", ",".join(DOMAINS), "--clips-per-class", 12)
-    for domain in DOMAINS:
-        for split in ("train", "val"):
-            source = folder / "videos" / domain / split
-            mdltool("shard", source, "--format", "folder", "--domain", domain, "--split", split, "--work", folder)
-
-
 def trained(folder: Path, row: str, seed: int, updates: int) -> dict[str, float]:
     """Top-1 in percent by domain, their mean, and the effective rank, of one run."""
     out = folder / "runs" / f"{row.replace(' ', '-').replace(',', '')}-{seed}-{updates}"
     changes = (*ROWS[row], f"train.seed={seed}", f"train.steps.0.updates={updates}", "val.every=0")
-    sets = [word for change in changes for word in ("--set", change)]
-    mdltool("train", "--recipe", "tiny_multitrain", *sets, "--work", folder, "--out", out)
+    mdltool("train", "--recipe", "tiny_multitrain", *options_of(changes), "--work", folder, "--out", out)
     mdltool("eval", out, "--work", folder, "--out", f"{out}-eval")
     metrics = json.loads((Path(f"{out}-eval") / "metrics.json").read_text())["domains"]
     top1 = {domain: 100 * metrics[domain]["metrics"]["top1"] for domain in DOMAINS}
@@ -96,13 +81,6 @@ def effective_rank(model: Path, folder: Path) -> float:
     parts = torch.linalg.svdvals(z_MF - z_MF.mean(dim=0))
     parts = parts / parts.sum()
     return float(torch.special.entr(parts).sum().exp())
-
-
-def mdltool(*words: object) -> None:
-    command = [sys.executable, "-m", "mdltool", *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(done.stderr)
 
 
 if __name__ == "__main__":

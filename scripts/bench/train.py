@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,6 +22,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from commands import mdltool, options_of
 from torch.nn import functional
 
 from mdltool.losses.multitrain import MultitrainLoss, MultitrainSpec
@@ -153,17 +153,11 @@ def data_wait() -> float:
             split = ("--format", "folder", "--domain", domain, "--split", "train")
             mdltool("shard", source, *split, "--work", folder)
         changes = ("backbone.weights=scratch", "train.steps.0.updates=60", "val.every=0")
-        sets = [word for change in changes for word in ("--set", change)]
         data = [w for d in DOMAINS for w in ("--data", f"{d}={folder / 'shards' / f'{d}-train'}")]
-        mdltool("train", "--recipe", "tiny_demo", *sets, *data, "--work", folder)
+        mdltool("train", "--recipe", "tiny_demo", *options_of(changes), *data, "--work", folder)
         lines = (folder / "model" / "tiny_demo" / "metrics.jsonl").read_text().splitlines()
         entries = [entry for entry in map(json.loads, lines) if "data_wait" in entry and entry["step"] > 10]
     return statistics.mean(entry["data_wait"] for entry in entries)
-
-
-def mdltool(*words: object) -> None:
-    command = [sys.executable, "-m", "mdltool", *map(str, words)]
-    subprocess.run(command, check=True, capture_output=True)
 
 
 if __name__ == "__main__":
