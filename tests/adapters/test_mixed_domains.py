@@ -52,7 +52,7 @@ def alone(model: MultiDomainModel, frames: torch.Tensor, domains: list[str]) -> 
     return [model(frames[i : i + 1], domain)[0] for i, domain in enumerate(domains)]
 
 
-def check(model: MultiDomainModel, domains: list[str] = BATCH) -> None:
+def assert_mixed_as_alone(model: MultiDomainModel, domains: list[str] = BATCH) -> None:
     frames = batch(model, len(domains))
     with torch.no_grad():
         expected = alone(model, frames, domains)
@@ -68,12 +68,12 @@ def check(model: MultiDomainModel, domains: list[str] = BATCH) -> None:
 
 @pytest.mark.parametrize(("adapter", "backbone"), PAIRS)
 def test_every_adapter_on_every_backbone(adapter: str, backbone: str) -> None:
-    check(make(backbone, AdapterSpec(adapter, "all")))
+    assert_mixed_as_alone(make(backbone, AdapterSpec(adapter, "all")))
 
 
 @pytest.mark.parametrize("domains", [["a", "a"], ["c"], ["a", "b", "a", "b"], ["c", "b", "a"], ["b", "b", "a"]])
 def test_repeated_interleaved_and_single_domains(domains: list[str]) -> None:
-    check(make("x3d_tiny", AdapterSpec("2plus1d", "all"), bn="per_domain"), domains)
+    assert_mixed_as_alone(make("x3d_tiny", AdapterSpec("2plus1d", "all"), bn="per_domain"), domains)
 
 
 STACKS = {
@@ -95,7 +95,7 @@ STACKS = {
 @pytest.mark.parametrize("name", STACKS)
 def test_adapters_on_top_of_adapters(name: str) -> None:
     backbone, *adapters = STACKS[name]
-    check(make(backbone, *(AdapterSpec(method, "all", options) for method, options in adapters)))
+    assert_mixed_as_alone(make(backbone, *(AdapterSpec(method, "all", options) for method, options in adapters)))
 
 
 @pytest.mark.parametrize("independent", [False, True])
@@ -112,7 +112,7 @@ def test_compressed_adapters(adapter: str, backbone: str, independent: bool) -> 
 @pytest.mark.parametrize("bn", ["per_domain", "per_domain_stats", "recalibrate"])
 @pytest.mark.parametrize("backbone", ["x3d_tiny", "resnet26_tiny"])
 def test_batchnorms_of_each_domain(bn: str, backbone: str) -> None:
-    check(make(backbone, bn=bn))
+    assert_mixed_as_alone(make(backbone, bn=bn))
 
 
 def test_the_site_itself_runs_once_unless_its_input_changes() -> None:

@@ -76,7 +76,7 @@ def difference(model: MultiDomainModel, domain: str, fold_bn: bool = False) -> f
         return float((made(clips, domain) - expected).abs().max() / expected.abs().max())
 
 
-def check(model: MultiDomainModel, fold_bn: bool = False) -> None:
+def assert_fused_is_same(model: MultiDomainModel, fold_bn: bool = False) -> None:
     """The same logits in float32, and the same function: what is left of the difference in float64 is rounding."""
     assert difference(model, "a", fold_bn) < 1e-5
     assert difference(model.double(), "b", fold_bn) < 1e-11
@@ -128,20 +128,22 @@ def test_a_convolution_without_padding_has_no_centre_tap_there() -> None:
 @pytest.mark.parametrize("form", ["parallel", "series"])
 def test_networks_compute_the_same(form: str, bn: str, fold_bn: bool) -> None:
     """Property 2, with dropout in the adapters, which is off."""
-    check(model_of(AdapterSpec(form, "all", {"dropout": "11"}), bn=bn, dropout=0.5), fold_bn)
+    assert_fused_is_same(model_of(AdapterSpec(form, "all", {"dropout": "11"}), bn=bn, dropout=0.5), fold_bn)
 
 
 @pytest.mark.parametrize("fold_bn", [False, True])
 @pytest.mark.parametrize("options", [{}, {"convs": ["conv_a", "conv_b", "conv_stem"]}], ids=["conv_b", "all"])
 @pytest.mark.parametrize("form", ["parallel", "series"])
 def test_video_networks_compute_the_same(form: str, options: dict[str, Any], fold_bn: bool) -> None:
-    check(model_of(AdapterSpec(form, "all", options), backbone="x3d_tiny"), fold_bn)
+    assert_fused_is_same(model_of(AdapterSpec(form, "all", options), backbone="x3d_tiny"), fold_bn)
 
 
 @pytest.mark.parametrize("backbone", [backbone for adapter, backbone in PAIRS if adapter == "lora"])
 @pytest.mark.parametrize("targets", [["q", "k", "v"], ["v"]])
 def test_transformers_compute_the_same(backbone: str, targets: list[str]) -> None:
-    check(model_of(AdapterSpec("lora", "all", {"r": 3, "targets": targets}), backbone=backbone, bn="frozen"))
+    assert_fused_is_same(
+        model_of(AdapterSpec("lora", "all", {"r": 3, "targets": targets}), backbone=backbone, bn="frozen")
+    )
 
 
 @pytest.mark.parametrize("independent", [False, True])
@@ -155,18 +157,18 @@ def test_compressed_adapters_fold_by_their_products(form: str, backbone: str, in
         factors.setdefault(weight.site, {})[weight.parameter] = FactorSpec(2, weight.axes, independent)
     model = model_of(adapters, backbone=backbone, factors=factors)
     assert any(key.endswith(".private") for key in model.tensors())
-    check(model)
+    assert_fused_is_same(model)
     assert fused(model, "a").spec.factors == {}
 
 
 @pytest.mark.parametrize("order", [("parallel", "series"), ("series", "parallel")])
 def test_two_adapters_at_a_convolution(order: tuple[str, str]) -> None:
-    check(model_of(*(AdapterSpec(form, "all") for form in order)))
+    assert_fused_is_same(model_of(*(AdapterSpec(form, "all") for form in order)))
 
 
 @pytest.mark.parametrize("backbone", ["resnet26_tiny", "x3d_tiny"])
 def test_without_adapters_a_domains_own_batchnorms_become_the_networks(backbone: str) -> None:
-    check(model_of(backbone=backbone))
+    assert_fused_is_same(model_of(backbone=backbone))
 
 
 def test_folding_leaves_no_batchnorm_but_the_one_after_a_sum() -> None:
