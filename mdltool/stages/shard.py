@@ -28,7 +28,7 @@ from mdltool.data.shard_builder import (
     refuse_too_many_bad,
     remove_strays,
 )
-from mdltool.data.shards import Naming, PlannedShard, ShardRecord, StreamCount, Unusable, plan
+from mdltool.data.shards import SHARD_PREFIX, Naming, PlannedShard, ShardRecord, StreamCount, Unusable, plan
 from mdltool.data.workers import Pool
 from mdltool.errors import MdlError
 from mdltool.files import digest_of, sha256_file, write_text
@@ -89,36 +89,44 @@ def run(dataset: Dataset, out: Path, writing: Writing = Writing(), effort: Effor
 
     An interrupted run is continued: finished shards are kept, clips that failed are tried again. Raises MdlError
     for what is wrong with the annotations or side files, when more than `effort.max_bad` of the clips cannot be
-    used, and when no clip has one of the streams; what is finished is kept then.
+    used, and when no clip has one of the streams, which nothing but another request mends.
     """
-    with _pool(writing, effort) as pool:
-        listing = _listed(dataset, writing)
-        if not listing.clips:
-            raise nothing_there(listing.missing, dataset.source)
-        streams = _streams(dataset, listing, writing)
-        notes = [*listing.notes, *(streams.note(listing.clips) if streams else ())]
-        console.say(f"{dataset.format}: {'; '.join(notes)}")
-        planned = plan(listing.clips, writing.shard_bytes)
-        request = _request(dataset, listing, writing, streams)
-        draft = begin(out, kind="shards", stage="shard", inputs=(), request=request, resume="auto")
-        if isinstance(draft, Artifact):
-            console.say(f"already there and identical: {out}")
-            return draft
-        naming = Naming(dataset.domain, dataset.split, listing.space, dataset.source, listing.marks)
-        try:
-            shards = _share(planned, writing.part)
+    pool = _pool(writing, effort)  # it starts while the annotations are read
+    listing = _listed(dataset, writing)
+    if not listing.clips:
+        raise nothing_there(listing.missing, dataset.source)
+    streams = _streams(dataset, listing, writing)
+    notes = [*listing.notes, *(streams.note(listing.clips) if streams else ())]
+    console.say(f"{dataset.format}: {'; '.join(notes)}")
+    planned = plan(listing.clips, writing.shard_bytes)
+    request = _request(dataset, listing, writing, streams)
+    draft = begin(out, kind="shards", stage="shard", inputs=(), request=request, resume="auto")
+    if isinstance(draft, Artifact):
+        return draft
+    naming = Naming(dataset.domain, dataset.split, listing.space, dataset.source, listing.marks)
+    try:
+        shards = _share(planned, writing.part)
+        with pool:
             clips = len(listing.clips)
             records = Builder(draft.path, pool, naming, writing, effort, shards, clips, streams).build()
-            if writing.part is not None:
-                _write_part(draft.path, writing.part, planned)
-            missing = [{"key": key, "reason": reason} for key, reason in sorted(listing.missing)]
-            unusable = [asdict(clip) for record in records for clip in record.unusable]
-            entries = [record.as_index() for record in records if record.members]
-            header = naming.as_index() | _stream_entries(streams, records, whole=writing.part is None)
-            return _commit(draft, header, entries, unusable, missing, listing.excluded)
-        except BaseException:
-            draft.abandon(keep=True)
-            raise
+        if writing.part is not None:
+            _write_part(draft.path, writing.part, planned)
+        missing = [{"key": key, "reason": reason} for key, reason in sorted(listing.missing)]
+        unusable = [asdict(clip) for record in records for clip in record.unusable]
+        entries = [record.as_index() for record in records if record.members]
+        header = naming.as_index() | _stream_entries(streams, records, whole=writing.part is None)
+        return _commit(draft, header, entries, unusable, missing, listing.excluded)
+    except _NoStream:
+        draft.abandon()
+        raise
+    except BaseException:
+        # Without a finished shard there is nothing to continue, and what mends a fault may change the request.
+        draft.abandon(keep=any(draft.path.glob(f"{SHARD_PREFIX}*.tar")))
+        raise
+
+
+class _NoStream(MdlError):
+    """No clip has a stream that was asked for."""
 
 
 def _pool(writing: Writing, effort: Effort) -> Pool[Job, Prepared]:
@@ -150,7 +158,7 @@ def _stream_entries(streams: Streams | None, records: Sequence[ShardRecord], who
 
 def _refuse_empty_stream(name: str, count: StreamCount) -> None:
     if count.lacking and not count.clips:
-        raise MdlError(
+        raise _NoStream(
             f"no clip has the stream '{name}'" + (f", e.g. {count.example}" if count.example else ""),
             f"--modality {name}",
             f"leave it out, or say where it is (--side {name}=...)",
@@ -259,7 +267,6 @@ def merge(parts: Sequence[Artifact], out: Path | None, work: Path, max_bad: floa
     out = out or work / "shards" / f"{header['domain']}-{header['split']}"
     draft = begin(out, kind="shards", stage="shard", inputs=(), request=request, resume="auto")
     if isinstance(draft, Artifact):
-        console.say(f"already there and identical: {out}")
         return draft
     try:
         remove_strays(draft.path, set())

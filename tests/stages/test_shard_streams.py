@@ -337,9 +337,21 @@ def test_no_clip_with_the_stream_is_an_error(videos: Path, tmp_path: Path) -> No
         MdlError, match=r"no clip has the stream 'text'.* ends at 0\.2 s, before the clip \(from 0\.8"
     ):
         run(data, tmp_path / "out", writing(streams))
+    assert run(data, tmp_path / "out", writing(())).verify() == []  # the other request is not in its way
     parts = [run(data, tmp_path / f"p{i}", writing(streams, part=(i, 2))) for i in range(2)]
     with pytest.raises(MdlError, match="no clip has the stream 'text'"):
         merge(parts, tmp_path / "merged", tmp_path, max_bad=0.01)
+
+
+def test_a_mended_side_file_is_read_by_the_same_command(videos: Path, tmp_path: Path) -> None:
+    side = tmp_path / "said.csv"
+    side.write_text("start,end,text\n1,0,ends early\n")
+    whole = Writing(streams=asked(("text",), (f"text={side}",), (), ()))
+    with pytest.raises(MdlError, match="before it starts"):
+        run(dataset(videos), tmp_path / "out", whole)
+    assert not (tmp_path / "out.partial").exists()
+    side.write_text("start,end,text\n0,10,as it should be\n")
+    assert run(dataset(videos), tmp_path / "out", whole).summary["streams"]["text"] > 0
 
 
 def test_text_without_any_transcript(tmp_path: Path) -> None:
