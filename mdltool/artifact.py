@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from mdltool import __version__, remote
+from mdltool import __version__, console, remote
 from mdltool.environment import environment
 from mdltool.errors import MdlError
 from mdltool.files import differences, digest_of, empty_directory, sha256_file, sync_directory, write_text
@@ -151,11 +151,12 @@ def _not_an_artifact(path: Path, wanted: str) -> MdlError:
     partial = path if path.name.endswith(".partial") else partial_path(path)
     if (partial / _PARTIAL).is_file():
         try:
-            stage = json.loads((partial / _PARTIAL).read_text()).get("stage", "?")
+            header = json.loads((partial / _PARTIAL).read_text())
         except ValueError:
-            stage = "?"
-        again = "the same command with --resume" if stage == "train" else "the same command again"
-        return MdlError(f"this artifact is incomplete: '{stage}' was interrupted", partial, f"run {again}")
+            header = {}
+        what = f"this artifact is incomplete: '{header.get('stage', '?')}' was interrupted"
+        again = "with --resume" if header.get("resumes") else "again"
+        return MdlError(what, partial, f"run the same command {again}")
     if not path.exists():
         return MdlError("there is no such directory", path, f"give the path of {wanted}")
     return MdlError("this is not an artifact (it has no artifact.json)", path, f"give the path of {wanted}")
@@ -272,6 +273,7 @@ def begin(
         "kind": kind,
         "inputs": [asdict(entry) for entry in inputs],
         "request": json.loads(json.dumps(dict(request))),
+        "resumes": resume in ("ask", "must"),
     }
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         return _reuse(out, header, completed)
@@ -305,6 +307,7 @@ def _reuse(out: Path, header: dict[str, Any], completed: Completed) -> Artifact:
         if not differs:
             if out.parent.name == found.kind:
                 _point_latest(out)
+            console.say(f"already there and identical: {out}")
             return found
         detail = f" (different: {', '.join(differs)})"
     else:

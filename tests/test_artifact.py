@@ -72,11 +72,14 @@ def test_verify_finds_every_fault(tmp_path: Path, fault: str) -> None:
     assert len(open_artifact(artifact.path).verify()) == 1
 
 
-def test_an_identical_request_is_answered_with_what_is_there(tmp_path: Path) -> None:
+def test_an_identical_request_is_answered_with_what_is_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     artifact = make(tmp_path / "m")
     again = start(tmp_path / "m")
     assert isinstance(again, Artifact)
     assert again.digest == artifact.digest
+    assert f"already there and identical: {tmp_path / 'm'}" in capsys.readouterr().err
 
 
 def test_another_request_is_refused_and_the_difference_named(tmp_path: Path) -> None:
@@ -117,13 +120,15 @@ def test_two_processes_do_not_build_one_artifact(tmp_path: Path) -> None:
 def test_an_interrupted_build_says_so_and_resumes_only_the_same_request(tmp_path: Path) -> None:
     code = (
         "import os, sys, pathlib; from mdltool.artifact import begin\n"
-        "d = begin(pathlib.Path(sys.argv[1]), kind='model', stage='train', inputs=[], request={'a': 1})\n"
+        "it = {'kind': 'model', 'stage': 'train', 'inputs': [], 'request': {'a': 1}}\n"
+        "d = begin(pathlib.Path(sys.argv[1]), **it, resume='ask' if len(sys.argv) > 2 else 'never')\n"
         "(d.path / 'kept').write_text('x'); os.kill(os.getpid(), 9)"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "m")], check=False)
-    with pytest.raises(MdlError, match="'train' was interrupted") as caught:
-        open_artifact(tmp_path / "m")
-    assert "--resume" in str(caught.value)
+    for words, fix in ((["resumes"], "the same command with --resume"), ([], "the same command again")):
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / "m"), *words], check=False)
+        with pytest.raises(MdlError, match="'train' was interrupted") as caught:
+            open_artifact(tmp_path / "m")
+        assert caught.value.fix == f"run {fix}"
     with pytest.raises(MdlError, match="interrupted run is here"):
         start(tmp_path / "m", resume="ask")
     with pytest.raises(MdlError, match="of another request"):
