@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mdltool.cli import options
+from mdltool.errors import MdlError
 
 if TYPE_CHECKING:
     from mdltool.evaluate.decathlon import Decathlon
@@ -71,7 +72,11 @@ def evaluate(
     _check_words(weights, precision)
     place = work_dir(work)
     chosen = resolve(model, "model", place)
-    shards = shards_for(data, place, list(chosen.summary["domains"]), () if data else (split,))
+    domains = list(chosen.summary["domains"])
+    shards = shards_for(data, place, domains, () if data else (split,))
+    if not shards:
+        fix = f"shard the split '{split}' of a domain, or give --split or --data DOMAIN=PATH"
+        raise MdlError("there are no shards to evaluate on", place / "shards" / f"{domains[0]}-{split}", fix)
 
     from mdltool.stages import evaluate as stage
 
@@ -96,16 +101,12 @@ def evaluate(
 
 def _refuse_beside_scores(given: dict[str, object]) -> None:
     """Raise MdlError for an option of scoring a model, where there is none and no artifact is written."""
-    from mdltool.errors import MdlError
-
     for option, value in given.items():
         if value is not None:
             raise MdlError("--scores takes accuracies that are there already", option, "leave it out")
 
 
 def _check_words(weights: str, precision: str | None) -> None:
-    from mdltool.errors import MdlError
-
     for value, known, option in ((weights, _WEIGHTS, "--weights"), (precision, _PRECISIONS, "--precision")):
         if value is not None and value not in known:
             raise MdlError(f"'{value}' is not known", option, f"one of: {', '.join(known)}")
@@ -142,7 +143,6 @@ def _decathlon(
     wanted: bool, baseline: Path | None, added: list[str] | None, scores: Path | None
 ) -> Decathlon | None:
     """What --decathlon asks for; None without it."""
-    from mdltool.errors import MdlError
     from mdltool.evaluate.decathlon import RA17, Decathlon, parse_added, read_baseline
 
     if not wanted:
@@ -158,7 +158,6 @@ def _score(contest: Decathlon, source: Path, other: Path | list[str] | None, as_
     """The score of accuracies that are there already, in a file or in an eval. other: what would be evaluated."""
     from mdltool import console
     from mdltool.artifact import open_artifact
-    from mdltool.errors import MdlError
     from mdltool.evaluate.decathlon import accuracies_of, read_accuracies
 
     if other:

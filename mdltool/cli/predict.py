@@ -54,11 +54,13 @@ def predict(
     Of a domain with several labels a clip the scores are each class's own; of a regression, every target's value.
     Of verbs and nouns the actions are listed; --json has the verbs and the nouns too.
     """
-    from mdltool.artifact import work_dir
+    from mdltool.artifact import partial_path, work_dir
     from mdltool.cli.inputs import resolve
 
-    place = work_dir(work)
-    given = paths[0] if paths[0].is_dir() or paths[0].name.endswith(".partial") else None
+    place, first = work_dir(work), paths[0]
+    given = first if first.is_dir() or first.name.endswith(".partial") or partial_path(first).exists() else None
+    if given is None and not first.exists():
+        raise MdlError("there is no such model, video or image", first, "check the path")
     videos = paths[1:] if given else paths
     if not videos:
         raise MdlError("no video was given", "VIDEO", "mdltool predict [MODEL] VIDEO... --domain D")

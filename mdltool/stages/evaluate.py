@@ -23,6 +23,7 @@ from mdltool.evaluate.views import parse_views
 from mdltool.files import write_text
 from mdltool.model import MultiDomainModel
 from mdltool.model_store import load_model
+from mdltool.registry import did_you_mean
 from mdltool.schema import Recipe
 from mdltool.stages.fitting import check_domain
 from mdltool.stages.plan import eval_views, grid_of, modalities
@@ -110,7 +111,8 @@ def _check_without(recipe: Recipe, domains: Iterable[str], without: Collection[s
     for word in without:
         if word not in have and word not in have.values():
             named = ", ".join(have) or "no streams"
-            raise MdlError(f"the model reads no {word} (it reads {named})", "--without", "leave it out")
+            fix = did_you_mean(word, {*have, *have.values()}) if have else "leave it out"
+            raise MdlError(f"the model reads no '{word}' (it reads {named})", "--without", fix)
 
 
 def _add_streams(

@@ -16,9 +16,11 @@ from mdltool.data.index import ShardIndex
 from mdltool.errors import MdlError
 from mdltool.model_spec import AdapterSpec, ModelSpec
 from mdltool.recipe import validate
+from mdltool.registry import did_you_mean
 from mdltool.schema import Recipe
 from mdltool.stages.continuing import plain_losses, settled, unmixed
 from mdltool.stages.plan import stream_specs
+from mdltool.types import STREAM_KINDS
 
 _WIDTH = 512  # of what the cross-attention sees, where no recipe says it (spec cm3t 5.3)
 
@@ -118,17 +120,18 @@ def _of_domains(
     present: Mapping[str, Sequence[str]],
 ) -> dict[str, dict[str, Any]]:
     """By domain, the recipe's entries of its new streams."""
-    new, refused = {}, None
+    new, refused = {}, {}
     for domain, index in indices.items():
         try:
             new[domain] = _of_domain(domain, index, wanted, known, present.get(domain, []))
         except MdlError as error:
             if not wanted.all_found:
                 raise
-            refused = error
-            console.say(f"{domain} stays as it is: {error.what}")
-    if not new and refused is not None:
-        raise refused
+            refused[domain] = error
+    if refused and not new:
+        raise next(iter(refused.values()))
+    for domain, why in refused.items():
+        console.say(f"{domain} stays as it is: {why.what}")
     return new
 
 
@@ -185,10 +188,11 @@ def _entry(index: ShardIndex, name: str) -> dict[str, Any]:
 
 def _lacking(domain: str, word: str, index: ShardIndex) -> MdlError:
     have = ", ".join(index.streams) or "no streams"
+    known = word in STREAM_KINDS or word.partition("_")[0] in STREAM_KINDS
     return MdlError(
         f"the shards of '{domain}' have no {word} (they have {have})",
         index.folder,
-        f"shard again with --modality {word}",
+        f"shard again with --modality {word}" if known else did_you_mean(word, {*index.streams, *STREAM_KINDS}),
     )
 
 

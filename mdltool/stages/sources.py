@@ -27,9 +27,10 @@ def with_sources(recipe: Recipe, data: Mapping[str, DomainData]) -> Recipe:
         for index in (own.train_index, own.val_index):
             if index is None:
                 continue
-            check_stored(index, modalities(recipe, domain))
-            for name in recipe.streams_of(domain):
+            # What made them first: another extractor's width is no fault of the recipe's.
+            for name in set(recipe.streams_of(domain)) & set(index.streams):
                 parts[name] = _agreed(name, parts[name], index)
+            check_stored(index, modalities(recipe, domain))
     return recipe.model_copy(update={"streams": parts}) if parts else recipe
 
 
@@ -75,5 +76,5 @@ def _check_same(name: str, part: StreamPart, index: ShardIndex) -> None:
             raise MdlError(
                 f"the stream '{name}' of the shards {whose} has {key} {found.get(key)}, where {value} is wanted",
                 index.folder,
-                f"shard all splits and domains with the same --set {name}.... options",
+                f"shard all splits and domains with the same --features or --set {name}.... options",
             )

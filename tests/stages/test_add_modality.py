@@ -158,6 +158,8 @@ def test_an_extended_model_is_scored_with_and_without(
     assert found["with"]["domains"][D]["streams"] == {"audio": 12}
     assert found["without"]["domains"][D]["streams"] == {}
     assert bare.is_dir()
+    words = ("--without", "aduio", *data, "--out", tmp_path / "no")
+    assert "did you mean 'audio'?" in mdltool("eval", with_audio, *words).err
 
 
 def test_both_at_once_are_founding_streams(heard: Heard, mdltool: Callable[..., Ran], tmp_path: Path) -> None:

@@ -116,6 +116,21 @@ def test_domains_that_nobody_named_are_passed_over(capsys: pytest.CaptureFixture
         settled_for(stored(), Wanted(("audio",)), indices=indices)
     with pytest.raises(MdlError, match="have no flow"):
         settled_for(stored(), Wanted(("flow",), all_found=True), indices=indices)
+    assert not capsys.readouterr().err, "the error says it"
+
+
+@pytest.mark.parametrize(
+    ("word", "fix"),
+    [
+        ("auido", "did you mean 'audio'?"),
+        ("flow", "shard again with --modality flow"),
+        ("audio_left", "shard again with --modality audio_left"),
+    ],
+)
+def test_what_shards_lack_is_misspelt_or_to_be_made(word: str, fix: str) -> None:
+    with pytest.raises(MdlError, match=f"have no {word}") as told:
+        settled_for(stored(), Wanted((word,)))
+    assert told.value.fix == fix
 
 
 def test_what_a_shared_cross_attention_has_already_is_nothing_to_train() -> None:

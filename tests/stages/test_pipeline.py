@@ -154,6 +154,14 @@ def test_predict_refuses(
     ran = mdltool("predict", model, test_data / "awkward" / "corrupt" / "WrongFile.mp4", "--domain", "chalk")
     assert ran.code == 1
     assert "cannot be used" in ran.err
+    ran = mdltool("predict", world.work / "model" / "typo", video)
+    assert "there is no such model, video or image" in ran.err
+
+
+def test_eval_names_the_split_without_shards(model: Path, world: World, mdltool: Callable[..., Ran]) -> None:
+    ran = mdltool("eval", model, "--split", "trian", "--work", world.work)
+    assert ran.code == 1
+    assert "-trian" in ran.err
 
 
 def test_a_frozen_model_stores_its_backbone_by_digest(

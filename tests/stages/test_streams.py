@@ -161,7 +161,7 @@ def test_splits_made_with_different_options(tmp_path: Path, mdltool: Callable[..
     made.recipe.write_text(yaml.safe_dump(recipe))
     for sets, what in (
         (("text.buckets=32", "text.unit=word"), "d/val has unit word, where utterance is wanted"),
-        (("text.buckets=16",), "the stream 'text' is 16 wide in the shards d/val, 32 in the recipe"),
+        (("text.buckets=16",), "d/val has buckets 16, where 32 is wanted"),
     ):
         assert made.shard("val", sets, text).code == 0
         ran = made.train()
