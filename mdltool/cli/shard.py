@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +15,7 @@ from mdltool.errors import MdlError
 
 if TYPE_CHECKING:
     from mdltool.artifact import Artifact
+    from mdltool.data.modalities.asked import Asked
     from mdltool.stages.shard import Dataset, Writing
 
 _UNITS = {
@@ -35,6 +37,8 @@ _EXAMPLES = (
     "mdltool shard ~/decathlon --format coco --annotations dtd_train.json --domain dtd --split train   |   "
     "mdltool shard ~/talks --format csv --annotations list.csv --domain talks --split train "
     "--modality audio --modality text --side text=~/subtitles   |   "
+    "mdltool shard ~/MPIIGI --format mpiigi --domain mpiigi --split train --recipe cm3t_mpiigi "
+    "--modality audio   |   "
     "mdltool shard --merge artifacts/shards/k400-train-part*"
 )
 
@@ -83,6 +87,13 @@ Modality = Annotated[
         metavar="STREAM",
     ),
 ]
+Plan = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        help="--modality names this recipe's streams for the domain, or a kind of them; they are made as it says.",
+    ),
+]
 Side = Annotated[
     list[str] | None,
     typer.Option(
@@ -125,6 +136,7 @@ def shard(
     verify: Verify = "probe",
     max_bad: MaxBad = "1%",
     modality: Modality = None,
+    recipe: Plan = None,
     side: Side = None,
     features: Features = None,
     set_: Set = None,
@@ -149,13 +161,12 @@ def shard(
     _known("--verify", verify, _CHECKS)
 
     from mdltool.data.encode import Encoding
-    from mdltool.data.modalities.asked import asked
     from mdltool.stages import shard as stage
 
     dataset = stage.Dataset(folder, format, domain, split, annotations, fold, classes)
     share = _part(part) if part else None
     encoding, size = Encoding(encode, short_side, gop), _bytes(shard_size)
-    streams = asked(modality or (), side or (), features or (), set_ or ())
+    streams = _streams(recipe, domain, modality or (), side or (), features or (), set_ or ())
     writing = stage.Writing(encoding, size, verify == "decode", share, exclude, streams)
     if dry_run:
         _show_outlook(dataset, writing, as_json)
@@ -175,6 +186,29 @@ def _required(source: list[Path] | None, names: dict[str, str]) -> Path:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", names[name]):
             raise MdlError(f"'{names[name]}' cannot be a name", name, "use letters, digits, '_' and '-'")
     return source[0]
+
+
+def _streams(
+    recipe: str | None,
+    domain: str,
+    modalities: Sequence[str],
+    sides: Sequence[str],
+    features: Sequence[str],
+    settings: Sequence[str],
+) -> tuple[Asked, ...]:
+    from mdltool import console
+    from mdltool.data.modalities.asked import asked
+
+    if recipe is None:
+        return asked(modalities, sides, features, settings)
+    from mdltool.recipe import load
+    from mdltool.stages.sources import asked_for
+
+    found = load(recipe)
+    streams = asked_for(found, domain, modalities, sides, features, settings)
+    whose = "" if domain in found.domains else f" (it has no domain '{domain}': of all that it has)"
+    console.say(f"streams of {found.name}: {', '.join(entry.name for entry in streams)}{whose}")
+    return streams
 
 
 def _merge(paths: list[Path] | None, out: Path | None, work: Path, max_bad: float) -> Artifact:

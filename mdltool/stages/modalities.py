@@ -20,6 +20,7 @@ from mdltool.registry import did_you_mean
 from mdltool.schema import Recipe
 from mdltool.stages.continuing import plain_losses, settled, unmixed
 from mdltool.stages.plan import stream_specs
+from mdltool.stages.sources import named, streams_for
 from mdltool.types import STREAM_KINDS
 
 _WIDTH = 512  # of what the cross-attention sees, where no recipe says it (spec cm3t 5.3)
@@ -66,9 +67,8 @@ def settle(
     recipes that result.
     """
     stored = content["recipe"]
-    known = _streams_of(wanted.plan) or dict(stored.get("streams") or {})
     present = {d: list(names) for d, names in content["spec"].get("streams", {}).items()}
-    new = _of_domains(indices, wanted, known, present)
+    new = _of_domains(indices, wanted, dict(stored.get("streams") or {}), present)
     if not (wanted.end_to_end or wanted.train_head):
         _check_shared(new, present, ModelSpec.from_json(content["spec"]).sharing)
     parts = {name: part for streams in new.values() for name, part in streams.items()}
@@ -109,19 +109,21 @@ def spec_with(spec: ModelSpec, added: Addition, late: bool) -> ModelSpec:
     return replace(spec, streams=streams, adapters=adapters)
 
 
-def _streams_of(plan: Recipe | None) -> dict[str, Any]:
-    return {} if plan is None else {name: part.model_dump(mode="json") for name, part in plan.streams.items()}
+def _planned(plan: Recipe | None, domain: str) -> dict[str, Any]:
+    parts = streams_for(plan, domain) if plan is not None else {}
+    return {name: part.model_dump(mode="json") for name, part in parts.items()}
 
 
 def _of_domains(
     indices: Mapping[str, ShardIndex],
     wanted: Wanted,
-    known: Mapping[str, Any],
+    own: Mapping[str, Any],
     present: Mapping[str, Sequence[str]],
 ) -> dict[str, dict[str, Any]]:
-    """By domain, the recipe's entries of its new streams."""
+    """By domain, the recipe's entries of its new streams. own: the model's recipe's, where the plan has none."""
     new, refused = {}, {}
     for domain, index in indices.items():
+        known = _planned(wanted.plan, domain) or own
         try:
             new[domain] = _of_domain(domain, index, wanted, known, present.get(domain, []))
         except MdlError as error:
@@ -157,14 +159,15 @@ def _of_domain(
     """The recipe's entries of one domain's new streams, by name."""
     found: dict[str, Any] = {}
     for word in wanted.modalities:
-        named = {n: part for n, part in known.items() if word in (n, part["kind"])}
-        named = named or {n: _entry(index, n) for n, info in index.streams.items() if word in (n, info.kind)}
-        if not named:
+        parts = {name: known[name] for name in named(word, {name: part["kind"] for name, part in known.items()})}
+        stored = named(word, {name: info.kind for name, info in index.streams.items()})
+        parts = parts or {name: _entry(index, name) for name in stored}
+        if not parts:
             raise _lacking(domain, word, index)
-        fresh = {name: part for name, part in named.items() if name not in present}
+        fresh = {name: part for name, part in parts.items() if name not in present}
         if not fresh:
             raise MdlError(
-                f"the model has {word} for the domain '{domain}' already ({', '.join(named)})",
+                f"the model has {word} for the domain '{domain}' already ({', '.join(parts)})",
                 f"--modality {word}",
                 "take the model that it was added to, to train it again",
             )

@@ -105,6 +105,16 @@ def test_another_recipes_stream_takes_the_width_of_the_shards() -> None:
     assert modalities(added.training, "sound") == {"audio": 64}
 
 
+def test_a_kind_is_what_the_other_recipe_has_for_the_domain() -> None:
+    plan = load("cm3t_udiva").model_dump(mode="json")
+    plan["domains"]["sound"] = plan["domains"]["udiva"] | {"streams": ["audio_other", "text_self"]}
+    heard = index(**dict.fromkeys(plan["streams"], StreamInfo("audio", 1024, "log_mel", {}, "1", 3)))
+    for domains, names in ((("sound", "udiva"), ["audio_other"]), (("udiva",), ["audio_self", "audio_other"])):
+        kept = plan | {"domains": {name: plan["domains"][name] for name in domains}}
+        wanted = Wanted(("audio",), Recipe.model_validate(kept))
+        assert settled_for(stored(), wanted, indices={"sound": heard}).streams == {"sound": names}
+
+
 def test_domains_that_nobody_named_are_passed_over(capsys: pytest.CaptureFixture[str]) -> None:
     indices = {"sight": index(), "sound": index(audio=AUDIO)}
     added = settled_for(stored(), Wanted(("audio",), all_found=True), indices=indices)

@@ -21,7 +21,7 @@ class Asked:
     """A stream that shards are to hold.
 
     side: folder of side files, or one transcript of all videos. features: folder of the data set's own arrays.
-    settings: options of its extraction, `extractor` among them.
+    settings: options of its extraction, `extractor` among them. width: D that its tokens must have; None: any.
     """
 
     name: str
@@ -29,6 +29,7 @@ class Asked:
     side: Path | None = None
     features: Path | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    width: int | None = None
 
 
 def asked(

@@ -71,7 +71,7 @@ class Streams:
         self._source = source
         self._listed = {entry.name: _listed(entry, clips, source, entry.name in named) for entry in wanted}
         self._sides = {e.name: None if self._listed[e.name] else _sides(e, source) for e in wanted}
-        self.plans = [self._plan(entry, clips) for entry in wanted]
+        self.plans = [_of_width(self._plan(entry, clips), entry.width) for entry in wanted]
 
     def of(self, clip: Clip) -> tuple[ClipStream, ...]:
         """What a worker is told of a clip's streams."""
@@ -215,6 +215,29 @@ def _recorded(raw: Any, extractor: Extractor, method: str, weights: str) -> dict
     """The options that index.json tells; of weights the file's name, which holds a hash for torchvision's own."""
     options = {**dataclasses.asdict(raw), **dataclasses.asdict(extractor)}  # type: ignore[call-overload]
     return options | ({"method": method, "weights": Path(weights).name} if method else {})
+
+
+def _of_width(plan: StreamPlan, width: int | None) -> StreamPlan:
+    """The plan. Raises MdlError where its tokens are of another width than is wanted."""
+    name, found = plan.name, plan.info
+    if width is not None and found.width != width:
+        raise MdlError(
+            f"the tokens of '{name}' ({found.extractor}) are {found.width} wide, the recipe wants {width}",
+            f"--modality {name}",
+            f"change streams.{name}.input in a copy of the recipe, or what makes the tokens",
+        )
+    return plan
+
+
+def settings_of(extractor: str, recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that make a stream again here, of the options that shards recorded.
+
+    Where weights lay, that it came from side files and that flow came as frames belong to the place it was made at.
+    """
+    options = {key: value for key, value in recorded.items() if key not in ("weights", "side")}
+    if options.get("method") == "frames":
+        options["method"] = "auto"
+    return {**options, "extractor": extractor}
 
 
 def _own(settings: Mapping[str, Any], build: Any) -> dict[str, Any]:

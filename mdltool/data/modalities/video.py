@@ -13,7 +13,7 @@ from mdltool.data.features import extract
 from mdltool.data.modalities import Absent, Part
 from mdltool.data.modalities.asked import Asked
 from mdltool.data.modalities.clip import read_raw
-from mdltool.data.modalities.plan import FILES, StreamPlan, extracted, load_features
+from mdltool.data.modalities.plan import FILES, StreamPlan, extracted, load_features, settings_of
 from mdltool.data.modalities.sides import only_one
 from mdltool.data.modalities.transcripts import SUBTITLES
 from mdltool.data.video import VideoError
@@ -73,12 +73,7 @@ def _tokens(name: str, info: StreamInfo, part: Part, side: Path | None) -> np.nd
 
 def _plan(name: str, info: StreamInfo, side: Path | None) -> StreamPlan:
     """What the shards' options say. Raises MdlError for another version of the extractor."""
-    options = {**info.options, "extractor": info.extractor}
-    options.pop("weights", None)  # a name, which is looked for where torch keeps its own
-    options.pop("side", None)
-    if options.get("method") == "frames":
-        options["method"] = "auto"
-    plan = extracted(Asked(name, info.kind, side, None, options))
+    plan = extracted(Asked(name, info.kind, side, None, settings_of(info.extractor, info.options)))
     if plan.info.version != info.version:
         raise MdlError(
             f"'{name}' comes from version {info.version} of {info.extractor}, here is {plan.info.version}",
