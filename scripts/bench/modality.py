@@ -7,8 +7,8 @@ audio and then text by `add-modality`; beside it, both at once. Top-1 on the val
 ceiling that the class table allows to what the model is given. Then a small domain: few clips of other instances,
 joined to the model by `add-domain`; audio is added to it from nothing, and from the streams that were trained on
 `sound` (--init-from), with the head in both. --check exits with 1 unless pictures alone stay at or under their
-ceiling, audio adds at least 20 points and text more, and --init-from is better than nothing. What DIR has already
-is not made again.
+ceiling, audio passes that by at least 20 points, text adds more, and --init-from is better than nothing. What DIR
+has already is not made again.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main() -> int:
         of = f" of {100 * ceiling(kinds):.1f}" if row in STREAMS else ""
         print(f"  {row:28s} {spread([run[row] for run in runs])}{of}")
     floor = found["rgb"] <= 100 * ceiling({"rgb"})
-    gains = found["rgb+audio"] - found["rgb"] >= 20 and found["rgb+audio+text"] > found["rgb+audio"]
+    gains = found["rgb+audio"] >= 100 * ceiling({"rgb"}) + 20 and found["rgb+audio+text"] > found["rgb+audio"]
     started = found["small: audio, --init-from"] > found["small: audio from nothing"]
     return 0 if not options.check or (floor and gains and started) else 1
 

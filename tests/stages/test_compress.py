@@ -190,10 +190,12 @@ def test_files_and_counts_agree(tmp_path: Path) -> None:
     found = made.summary["compressed"]
     assert found["stored"] == sum(row["stored"] for row in table)
     assert counts["adapters"] == found["stored"]  # parallel adapters are matrices alone
-    save_tensors(tmp_path / "a.safetensors", {k: t for k, t in tensors.items() if k.startswith("a/")})
-    with open(tmp_path / "a.safetensors", "rb") as handle:
+    file = made.file("weights/last.safetensors")
+    with file.open("rb") as handle:
         header = 8 + int.from_bytes(handle.read(8), "little")
-    assert (tmp_path / "a.safetensors").stat().st_size - header == 4 * numbers["a"]
+    rest = sum(t.numel() for k, t in tensors.items() if not k.startswith(("a/", "b/", "shared/")))
+    own = sum(part["adapters"] + part["head"] for part in counts["per_domain"].values())
+    assert file.stat().st_size - header == 4 * (own + counts["shared_factors"] + rest)
 
 
 @pytest.mark.parametrize("independent", [False, True])

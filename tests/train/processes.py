@@ -28,15 +28,14 @@ from mdltool.types import Batch
 from tests.models import clips, tiny_model
 
 CLIPS = {"a": 20, "b": 6}
-UPDATES = 6  # more than an epoch of either domain, alone or mixed
-
-
 _SGD = OptimizerSpec("sgd", 0.05, momentum=0.9, weight_decay=1e-3)
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained and how. share: by whom, beside rank and world."""
+    """What is trained and how. share: by whom, beside rank and world. updates: more than an epoch of either domain,
+    alone or mixed.
+    """
 
     model: dict[str, Any]
     regime: str = "joint"
@@ -49,18 +48,19 @@ class Case:
     optimizer: OptimizerSpec = _SGD
     share: Share = field(default_factory=Share)
     sync_bn: bool = True
+    updates: int = 6
 
 
 _MULTITRAIN = MultitrainSpec(expander_hidden=32)
 _MLP = {"adapter": None, "head": "mlp", "head_hidden": 24}
 _ADAMW = OptimizerSpec("adamw", 1e-3, weight_decay=0.05, decay="matrices", clip_norm=1.0)
 CASES = {
-    "frozen and adapters": Case({"adapter": "2plus1d"}, regime="frozen", bn="frozen"),
-    "joint": Case({"adapter": "2plus1d"}),
+    "frozen and adapters": Case({"adapter": "2plus1d"}, regime="frozen", bn="frozen", updates=10),
+    "joint": Case({"adapter": "2plus1d"}, updates=10),
     "frozen, adapters without norms": Case({"adapter": "parallel"}, regime="frozen", bn="frozen"),
     "adapters with norms": Case({"adapter": "series", "bn": "per_domain"}, bn="per_domain"),
     "statistics per domain": Case({"adapter": None, "bn": "per_domain_stats"}, bn="per_domain_stats"),
-    "multitrain": Case(_MLP, mixed=True, multitrain=_MULTITRAIN, optimizer=_ADAMW),
+    "multitrain": Case(_MLP, mixed=True, multitrain=_MULTITRAIN, optimizer=_ADAMW, updates=10),
     "multitrain, branches, fixed": Case(
         _MLP, mixed=True, multitrain=replace(_MULTITRAIN, proj_mode="branch", weights="fixed", norm="dataset")
     ),
@@ -81,6 +81,7 @@ CASES = {
         bn="per_domain_stats",
         share=Share(by="batches"),
         sync_bn=False,
+        updates=10,
     ),
 }
 
@@ -91,7 +92,7 @@ def run(case: Case, world: World, parts: int = 1) -> dict[str, Tensor]:
     order: Order = Mixed(CLIPS, 6, 0) if case.mixed else InTurn(CLIPS, dict.fromkeys(CLIPS, 4), 0)
     share = replace(case.share, rank=world.rank, world=world.size, parts=parts)
     spec = TrainSpec(
-        steps=(StepSpec(case.regime, UPDATES, case.optimizer, ScheduleSpec("cosine")),),
+        steps=(StepSpec(case.regime, case.updates, case.optimizer, ScheduleSpec("cosine")),),
         domains=tuple(CLIPS),
         batches=order.batches,
         bn=case.bn,
@@ -101,7 +102,7 @@ def run(case: Case, world: World, parts: int = 1) -> dict[str, Tensor]:
     objective = _objective(case, model, world, order, parts)
 
     def loader(start: int) -> Iterator[Batch]:
-        return _batches(order, share, start)
+        return _batches(order, share, range(start, case.updates))
 
     with tempfile.TemporaryDirectory() as folder:
         accelerator = Accelerator(cpu=True)
@@ -129,10 +130,10 @@ def _objective(case: Case, model: MultiDomainModel, world: World, order: Order, 
     return MultitrainObjective(criterion, calls, world.size, gather, case.exact, case.smoothing)
 
 
-def _batches(order: Order, share: Share, start: int) -> Iterator[Batch]:
+def _batches(order: Order, share: Share, updates: range) -> Iterator[Batch]:
     """Clips that their domain and position decide."""
     names = list(CLIPS)
-    for batches in order.updates(start, UPDATES):
+    for batches in order.updates(updates.start, updates.stop):
         for number, batch in enumerate(batches):
             for part in range(share.parts) if share.takes(number) else ():
                 rows, partners = share.rows(batch, part)
