@@ -1,7 +1,7 @@
 """Compression: its time on random adapters, and with --accuracy what rank 0.5 costs on three generated domains.
 
     python scripts/bench/compress.py [--check]
-    python scripts/bench/compress.py --accuracy [--dir DIR] [--seeds 3] [--updates 260] [--finetune 80] [--check]
+    python scripts/bench/compress.py --accuracy [--dir DIR] [--seeds 3] [--updates 260] [--finetune 200] [--check]
 
 Time: 10 domains of ResNet-26 with parallel adapters, 4 domains of swin3d_b with mhva; decompositions, ranks and
 factored tensors, files apart. Accuracy: tiny_demo's adapters with the backbone frozen after its pretraining, top-1

@@ -6,7 +6,7 @@ Half of the classes of a generated domain are told by appearance, half come in p
 other. The encoder is trained first, frame by frame, on other clips (seed 1) of six domains with the two classes of
 a pair merged into one label, so that it has never seen time; then it is frozen. Prints top-1 on appearance classes
 and on reversed pairs. --check exits with 1 unless heads only pass 80% on the first and stay under 60% on the
-second, and both adapters pass 85% on both. Half an hour on two cores; what DIR has already is not made again.
+second, and both adapters pass 85% on both. More than an hour on two cores; what DIR has already is not made again.
 """
 
 from __future__ import annotations
