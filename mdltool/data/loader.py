@@ -6,21 +6,15 @@ augmented clip, as a pure function of the seed and the position.
 
 from __future__ import annotations
 
-import atexit
-import functools
-import math
-import multiprocessing
-import signal
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import Dataset
 
-from mdltool import console
+from mdltool.data.ahead import empty, loaded, usable
 from mdltool.data.decode import Decoded, decode
 from mdltool.data.image import image_of
 from mdltool.data.index import ShardIndex
@@ -34,8 +28,6 @@ from mdltool.evaluate.views import Views, ViewSpec, load_views
 from mdltool.types import Batch
 
 _WINDOW_SHARDS = 8
-# The trainer decides when to stop; workers end with it.
-_TRAINERS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 @dataclass(frozen=True)
@@ -116,10 +108,10 @@ class TrainLoader:
         self.per_update = self.share.batches(order.batches)
         self.batches = _Batches([_StreamReader(stream, seed) for stream in streams])
         self.updates = updates
-        self.workers = _usable(workers, len(updates) * self.per_update, "batches")
+        self.workers = usable(workers, len(updates) * self.per_update, "batches")
 
     def __iter__(self) -> Iterator[Batch]:
-        return _loaded(self.batches, self._requests(), self.workers)
+        return loaded(self.batches, self._requests(), self.workers)
 
     def _requests(self) -> Iterator[_Request]:
         for batches in self.order.updates(self.updates.start, self.updates.stop):
@@ -161,10 +153,10 @@ class ViewLoader:
         check_stored(index, modalities or {}, all_there=False)
         self.clips = list(range(rank, len(index), world))
         self.views = _ClipViewsOf(index, spec, modalities or {})
-        self.workers = _usable(workers, len(self.clips), "clips")
+        self.workers = usable(workers, len(self.clips), "clips")
 
     def __iter__(self) -> Iterator[ClipViews]:
-        return _loaded(self.views, self.clips, self.workers)
+        return loaded(self.views, self.clips, self.workers)
 
 
 class _Drawn(NamedTuple):
@@ -262,7 +254,7 @@ class _Batches(Dataset[Batch]):
     def __getitem__(self, request: _Request) -> Batch:
         reader = self.readers[request.rows[0].stream]
         crop = reader.transform.crop
-        frames = _empty((len(request.rows), 3, reader.sampling.num_frames, crop, crop))
+        frames = empty((len(request.rows), 3, reader.sampling.num_frames, crop, crop))
         labels, keys, skipped, streams = [], [], [], []
         for slot, out in zip(request.rows, frames, strict=True):
             reader = self.readers[slot.stream]
@@ -306,93 +298,3 @@ class _ClipViewsOf(Dataset[ClipViews]):
             return ClipViews(key, load_views(video, self.spec, trim=trim, image=image, key=key), None, streams)
         except VideoError as error:
             return ClipViews(key, None, error.reason, streams)
-
-
-class _Answers(Dataset[Any]):
-    """Another data set, whose MdlError comes as a value: DataLoader would replace it by its traceback's text."""
-
-    def __init__(self, dataset: Dataset[Any]) -> None:
-        self.dataset = dataset
-
-    def __getitem__(self, request: Any) -> Any:
-        try:
-            return self.dataset[request]
-        except MdlError as error:
-            return error
-
-
-def _loaded(dataset: Dataset[Any], requests: Iterable[Any], workers: int) -> Iterator[Any]:
-    loader = DataLoader(
-        _Answers(dataset),
-        batch_size=None,  # each request is a whole item, made in one worker
-        sampler=requests,
-        num_workers=workers,
-        worker_init_fn=_start_worker if workers else None,
-        collate_fn=_unchanged,
-        prefetch_factor=2 if workers else None,
-        generator=torch.Generator(),  # else iterating draws from the global one, which training has to keep exact
-    )
-    items, processes = _started(loader)
-    end = functools.partial(_kill, processes)
-    # An exception on its way out keeps this generator alive, and Python would wait for what ignores its SIGTERM.
-    atexit.register(end)
-    try:
-        for item in items:
-            if isinstance(item, MdlError):
-                raise item
-            yield item
-    finally:
-        del items  # asks the workers to end
-        end()  # one that hangs in a video does not
-        atexit.unregister(end)
-
-
-def _started(loader: DataLoader[Any]) -> tuple[Iterator[Any], list[BaseProcess]]:
-    """The loader's iterator and its workers."""
-    others = set(multiprocessing.active_children())
-    # Blocked until the workers have started, who inherit that: a signal must not find one before it ignores it.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _TRAINERS_SIGNALS)
-    try:
-        items = iter(loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    return items, [child for child in multiprocessing.active_children() if child not in others]
-
-
-def _kill(processes: Sequence[BaseProcess]) -> None:
-    alive = [process for process in processes if process.is_alive()]
-    if alive:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would take their end for a fault
-    for process in alive:
-        process.kill()
-
-
-def _empty(shape: tuple[int, ...]) -> torch.Tensor:
-    """An uninitialised uint8 tensor; in a worker in shared memory, so that it is not copied on its way out."""
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=torch.uint8)
-    storage = torch.UntypedStorage._new_shared(math.prod(shape))
-    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
-
-
-def _unchanged(item: Any) -> Any:
-    return item
-
-
-def _start_worker(_: int) -> None:
-    for number in _TRAINERS_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    torch.set_num_threads(1)
-
-
-def _usable(workers: int, work: int, unit: str) -> int:
-    """Workers that get something to do; the rest is not started."""
-    if workers > work:
-        _announce_idle(workers - work, workers, work, unit)
-    return min(workers, work)
-
-
-@functools.cache
-def _announce_idle(idle: int, workers: int, work: int, unit: str) -> None:
-    # Cached: once for a number of workers, not at every validation.
-    console.say(f"{idle} of {workers} workers have nothing to read ({work} {unit}) and idle")

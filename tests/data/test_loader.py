@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+from mdltool.data import ahead
 from mdltool.data import loader as loader_module
 from mdltool.data.index import ShardIndex
 from mdltool.data.loader import ClipViews, Stream, TrainLoader, ViewLoader, epoch_order
@@ -278,7 +279,7 @@ def test_impossible_requests_are_refused(indices: list[ShardIndex], tmp_path: Pa
 def test_surplus_workers_idle_and_are_announced_once(
     indices: list[ShardIndex], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    loader_module._announce_idle.cache_clear()
+    ahead._announce_idle.cache_clear()
     for _ in range(2):
         assert_same(batches([indices[1]], updates=2, workers=5), batches([indices[1]], updates=2))
     assert capsys.readouterr().err == "3 of 5 workers have nothing to read (2 batches) and idle\n"
@@ -356,7 +357,7 @@ class _Hanging(torch.utils.data.Dataset[int]):
 
 
 def test_a_worker_that_hangs_in_a_video_ends_with_its_loader() -> None:
-    items = loader_module._loaded(_Hanging(), [0, 1], workers=1)
+    items = ahead.loaded(_Hanging(), [0, 1], workers=1)
     worker = next(items)
     os.kill(worker, 0)  # lives
     items.close()
