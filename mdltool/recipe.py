@@ -218,6 +218,11 @@ def _domain_faults(recipe: Recipe) -> list[str]:
         if mixed and (crop != recipe.data.crop or part.normalize is not None):
             key = "crop" if crop != recipe.data.crop else "normalize"
             faults.append(f"domains.{name}.{key}: the clips of mixed batches are all alike; leave it out")
+        if part.swap_sides and part.task != "single_label":
+            faults.append(f"domains.{name}.swap_sides: this is of single labels; set flip: 0 instead")
+        plain = augment.flip if part.augment == "recipe" else 0.0
+        if part.swap_sides and not (plain if part.flip is None else part.flip):
+            faults.append(f"domains.{name}.swap_sides: no clip of it is flipped; set flip, or leave it out")
         if recipe.data.per_class is not None and part.task != "single_label":
             faults.append(
                 f"data.per_class: the clips of {name}, of {part.task}, are of no single class; use fraction"

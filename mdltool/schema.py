@@ -77,8 +77,10 @@ class DomainPart(Part):
     against them. weight: of the domain's loss. weight_decay: of its own parameters, where it is not the
     optimizer's. sampling, flip, views, crop: of this domain, where they are not those of `data.sampling`,
     `data.augment.flip`, `views.grid` and `data.crop`. short_side: of this domain's frames, in training and in every
-    test. augment: `none` trains on the centre crop of the test protocol, without flips and all else. normalize:
-    where it is not the backbone's. streams: which of the recipe's its clips may have; null: all.
+    test. swap_sides: a flipped clip of a class named with left or right is one of the class named with the other;
+    where there is none it is not flipped. augment: `none` trains on the centre crop of the test protocol, without
+    flips and all else. normalize: where it is not the backbone's. streams: which of the recipe's its clips may
+    have; null: all.
     """
 
     task: str = "single_label"
@@ -90,6 +92,7 @@ class DomainPart(Part):
     views: Grid | None = None
     crop: Positive | None = None
     short_side: Positive | None = None
+    swap_sides: bool = False
     augment: Literal["recipe", "none"] = "recipe"
     normalize: NormalizePart | None = None
     streams: list[str] | None = None

@@ -133,6 +133,14 @@ def test_a_subset_is_a_share_or_a_number_of_each_class() -> None:
     assert "data.per_class: the clips of neon, of multi_label, are of no single class" in faults(bad)
 
 
+def test_sides_are_swapped_of_single_labels_that_are_flipped() -> None:
+    bad = content()
+    bad["domains"]["neon"] |= {"swap_sides": True, "task": "multi_label"}
+    assert "domains.neon.swap_sides: this is of single labels" in faults(bad)
+    bad["domains"]["neon"] |= {"task": "single_label", "flip": 0.0}
+    assert "domains.neon.swap_sides: no clip of it is flipped" in faults(bad)
+
+
 def test_clips_of_mixed_batches_are_alike() -> None:
     bad = content()
     bad["adapters"], bad["train"]["batches"], bad["train"]["bn"] = [], "mixed", "shared"

@@ -21,7 +21,7 @@ from mdltool.data.index import ShardIndex
 from mdltool.data.order import AUGMENT, ORDER, START, Order, Share, Slot, rng_for, rows_of
 from mdltool.data.sampling import Sampling, clip_indices, random_start
 from mdltool.data.tokens import check_stored, check_widths, padded
-from mdltool.data.transforms import TrainTransform
+from mdltool.data.transforms import TrainTransform, flipped_classes
 from mdltool.data.video import Timeline, VideoError
 from mdltool.errors import MdlError
 from mdltool.evaluate.views import Views, ViewSpec, load_views
@@ -35,12 +35,14 @@ class Stream:
     """One domain's shards, and how a position in them becomes a training clip.
 
     modalities: width of each stream of embeddings that batches are to carry, whole, whatever frames are drawn.
+    swap_sides: a flipped clip has the label of its mirror image (see flipped_classes); one without is not flipped.
     """
 
     index: ShardIndex
     sampling: Sampling
     transform: TrainTransform
     modalities: Mapping[str, int] = field(default_factory=dict)
+    swap_sides: bool = False
 
 
 @dataclass(frozen=True)
@@ -168,9 +170,10 @@ class _Drawn(NamedTuple):
 
 
 class _Loaded(NamedTuple):
-    """A slot's clip, its streams [M, D], and (key, reason) of the clips that were passed over for it."""
+    """A slot's clip, its label, its streams [M, D], and (key, reason) of the clips that were passed over for it."""
 
     clip: int
+    label: Any
     streams: dict[str, np.ndarray]
     skipped: list[tuple[str, str]]
 
@@ -184,6 +187,7 @@ class _StreamReader:
         self.sampling = stream.sampling
         self.transform = stream.transform
         self.modalities = stream.modalities
+        self.images = flipped_classes(stream.index.classes) if stream.swap_sides else None
         self._orders: dict[int, np.ndarray] = {}
         self._last: tuple[tuple[int, int], _Drawn] | None = None
 
@@ -195,7 +199,7 @@ class _StreamReader:
         for step in range(len(order)):
             clip = int(order[(offset + step) % len(order)])
             try:
-                return _Loaded(clip, self._decode(clip, slot, out_CTHW), skipped)
+                return _Loaded(clip, *self._decode(clip, slot, out_CTHW), skipped)
             except VideoError as error:
                 skipped.append((self.index.keys[clip], error.reason))
         raise MdlError(
@@ -215,19 +219,20 @@ class _StreamReader:
         """Let go of the clip that was decoded last."""
         self._last = None
 
-    def _decode(self, clip: int, slot: Slot, out_CTHW: torch.Tensor) -> dict[str, np.ndarray]:
-        """Write the frames; returns the clip's streams."""
+    def _decode(self, clip: int, slot: Slot, out_CTHW: torch.Tensor) -> tuple[Any, dict[str, np.ndarray]]:
+        """Write the frames; returns the clip's label and streams."""
         if self._last is None or self._last[0] != (clip, slot.position):
             self._last = ((clip, slot.position), self._decoded(clip, slot.position))
         picked, decoded, streams = self._last[1]
         copy = (slot.copy,) if slot.copy else ()
         rng = rng_for(self.seed, self.index.domain, AUGMENT, slot.position, *copy)
-        if len(picked) == len(decoded.indices):
-            self.transform(decoded.frames, rng, out_CTHW)
-        else:
-            distinct_CTHW = self.transform(decoded.frames, rng)
-            torch.index_select(distinct_CTHW, 1, torch.from_numpy(decoded.rows(picked)), out=out_CTHW)
-        return streams
+        label, images = self.index.labels[clip], self.images
+        may_flip = images is None or label in images
+        whole = len(picked) == len(decoded.indices)
+        clip_CTHW, flipped = self.transform.apply(decoded.frames, rng, out_CTHW if whole else None, may_flip)
+        if not whole:
+            torch.index_select(clip_CTHW, 1, torch.from_numpy(decoded.rows(picked)), out=out_CTHW)
+        return (images[label] if flipped and images is not None else label), streams
 
     def _decoded(self, clip: int, position: int) -> _Drawn:
         metadata, video, streams = self.index.clip_and_streams(clip, self.modalities)
@@ -259,7 +264,7 @@ class _Batches(Dataset[Batch]):
         for slot, out in zip(request.rows, frames, strict=True):
             reader = self.readers[slot.stream]
             loaded = reader.load(slot, out)
-            labels.append(torch.as_tensor(reader.index.labels[loaded.clip]))
+            labels.append(torch.as_tensor(loaded.label))
             keys.append(reader.index.keys[loaded.clip])
             skipped += loaded.skipped
             streams.append(loaded.streams)

@@ -6,7 +6,8 @@ until they are on the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,7 @@ from mdltool.errors import MdlError
 
 AXES = ("horizontal", "long_side")
 ROUNDINGS = ("floor", "ceil")
+_SIDES = re.compile(r"(?<![a-z])(left|right)(?![a-z])")
 
 
 def scaled(height: int, width: int, short_side: int) -> tuple[int, int]:
@@ -76,8 +78,15 @@ class TrainTransform:
 
     def __call__(self, frames_TCHW: Tensor, rng: np.random.Generator, out_CTHW: Tensor | None = None) -> Tensor:
         """uint8 [T, C, H, W] -> uint8 [C, T, crop, crop], in `out_CTHW` if given; the same draw for every frame."""
+        return self.apply(frames_TCHW, rng, out_CTHW)[0]
+
+    def apply(
+        self, frames_TCHW: Tensor, rng: np.random.Generator, out_CTHW: Tensor | None = None, may_flip: bool = True
+    ) -> tuple[Tensor, bool]:
+        """As __call__, and whether the clip is flipped. may_flip: where not, the draws are the same."""
         cut = self._cut(frames_TCHW.shape[2], frames_TCHW.shape[3], rng)
-        step = -1 if rng.random() < self.flip else 1
+        flipped = bool(rng.random() < self.flip) and may_flip
+        step = -1 if flipped else 1
         if out_CTHW is None:
             out_CTHW = torch.empty(
                 (frames_TCHW.shape[1], len(frames_TCHW), self.crop, self.crop), dtype=torch.uint8
@@ -90,7 +99,7 @@ class TrainTransform:
             rand_augment(out_CTHW, self.rand_augment, rng)
         if self.erase is not None:
             erase(out_CTHW, self.erase, rng)
-        return out_CTHW
+        return out_CTHW, flipped
 
     def _cut(self, height: int, width: int, rng: np.random.Generator) -> Callable[[Tensor], np.ndarray]:
         """What takes the crop [C, crop, crop] out of a frame [1, C, height, width]; drawn once."""
@@ -112,6 +121,17 @@ class TrainTransform:
             y = int(rng.integers(0, height - crop + 1))
             x = int(rng.integers(0, width - crop + 1))
         return lambda frame_1CHW: resized(frame_1CHW, side)[0].numpy()[:, y : y + crop, x : x + crop]
+
+
+def flipped_classes(names: Sequence[str]) -> dict[int, int]:
+    """Class -> the class of its mirror image, whose name has left and right exchanged (spec mst_adapter 3.3).
+
+    A class named without them is its own; one whose counterpart is no class is left out.
+    """
+    plain = [name.casefold() for name in names]
+    numbers = {name: number for number, name in enumerate(plain)}
+    images = [_SIDES.sub(lambda side: "right" if side[0] == "left" else "left", name) for name in plain]
+    return {number: numbers[image] for number, image in enumerate(images) if image in numbers}
 
 
 def crop_corners(

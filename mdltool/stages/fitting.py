@@ -323,7 +323,8 @@ def _loader(
             data[name].train_index,
             sampling(recipe, name),
             train_transform(recipe, name),
-            modalities=modalities(recipe, name),
+            modalities(recipe, name),
+            recipe.domains[name].swap_sides,
         )
         for name in recipe.domains
     ]

@@ -98,6 +98,25 @@ def test_batches_are_whole_clips_with_their_labels(indices: list[ShardIndex]) ->
         assert batch.skipped == []
 
 
+def test_flipped_clips_have_the_labels_of_their_mirror_images(tmp_path: Path) -> None:
+    videos = [make_video(12) for _ in range(4)]
+    classes = ("push left", "push right", "turn left", "fold")
+    index = ShardIndex.open(write_shards(tmp_path / "s", videos, classes=classes, domain="s"))
+
+    def batch(flip: float, swap_sides: bool) -> Batch:
+        stream = Stream(index, SAMPLING, TrainTransform((34, 48), 32, flip), swap_sides=swap_sides)
+        (found,) = TrainLoader([stream], InTurn({"s": 4}, {"s": 4}, 0), seed=0, workers=0, updates=range(1))
+        return found
+
+    plain, swapped, literal = batch(0.0, True), batch(1.0, True), batch(1.0, False)
+    assert literal.labels.tolist() == plain.labels.tolist()
+    for row, label in enumerate(plain.labels.tolist()):
+        assert swapped.labels[row] == {0: 1, 1: 0, 2: 2, 3: 3}[label]
+        expected = plain if label == 2 else literal  # turn right is no class
+        assert torch.equal(swapped.frames[row], expected.frames[row])
+        assert not torch.equal(plain.frames[row], literal.frames[row])
+
+
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_workers_change_nothing(indices: list[ShardIndex], workers: int) -> None:
     assert_same(batches(indices, workers=workers), batches(indices))

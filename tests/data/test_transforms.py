@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from mdltool.data.transforms import TrainTransform, crop_corners, normalise, resized, scaled
+from mdltool.data.augment import EraseSpec
+from mdltool.data.transforms import TrainTransform, crop_corners, flipped_classes, normalise, resized, scaled
 from mdltool.errors import MdlError
 
 
@@ -90,6 +91,29 @@ def test_flips_happen_as_often_as_asked() -> None:
         transform = TrainTransform((32, 32), 32, probability)
         flipped = sum(int(transform(ramp, np.random.default_rng(seed))[0, 0, 0, 0]) == 31 for seed in range(800))
         assert flipped / 800 == pytest.approx(probability, abs=0.05)
+
+
+def test_a_clip_that_may_not_flip_has_the_draws_of_one_that_may() -> None:
+    transform = TrainTransform((40, 56), 32, 1.0, erase=EraseSpec(1.0, "constant"))
+    flipped, yes = transform.apply(frames(3, 48, 64), np.random.default_rng(5))
+    plain, no = transform.apply(frames(3, 48, 64), np.random.default_rng(5), may_flip=False)
+    assert (yes, no) == (True, False)
+    still = TrainTransform((40, 56), 32, 0.0, erase=EraseSpec(1.0, "constant"))
+    assert torch.equal(plain, still(frames(3, 48, 64), np.random.default_rng(5)))
+    assert not torch.equal(plain, flipped)
+
+
+def test_classes_of_mirror_images() -> None:
+    names = [
+        "Push left",
+        "Push right",
+        "From left to right",
+        "From right to left",
+        "Leftover",
+        "Turn right",
+        "move_left",
+    ]
+    assert flipped_classes(names) == {0: 1, 1: 0, 2: 3, 3: 2, 4: 4}
 
 
 def test_the_same_generator_gives_the_same_clip() -> None:
