@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import importlib
-import importlib.util
 import os
 import re
 import sys
@@ -67,8 +66,7 @@ def _root(
 
 
 for _name in COMMANDS:
-    if importlib.util.find_spec(f"mdltool.cli.{_name}") is not None:
-        importlib.import_module(f"mdltool.cli.{_name}").register(app)
+    importlib.import_module(f"mdltool.cli.{_name}").register(app)
 
 
 def main() -> None:

@@ -1,0 +1,31 @@
+"""The demo in its smallest form: a clip or two of a class, two updates, one view."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mdltool.artifact import open_artifact
+from mdltool.cli import demo
+from tests.conftest import Ran
+
+
+def test_the_demo_goes_through_every_stage(
+    monkeypatch: pytest.MonkeyPatch, mdltool: Callable[..., Ran], tmp_path: Path
+) -> None:
+    for name, value in {"CLIPS_PER_CLASS": 2, "FINETUNE": 2, "SOUND_CLIPS": 2, "VIEWS": "1x1"}.items():
+        monkeypatch.setattr(demo, name, value)
+    short = ("--set", "train.steps.0.updates=2", "--set", "val.every=0")
+    monkeypatch.setattr(demo._Runner, "_train_seed", lambda self: short)
+    ran = mdltool("demo", "--out", tmp_path / "demo", "--json")
+    assert ran.code == 0, ran.err
+    found = json.loads(ran.out)
+    assert set(found["models"]) == {"adapters", "compressed"}
+    assert set(found["sound"]) == {"pictures", "pictures and sound"}
+    page = Path(found["report"]).read_text()
+    evals = [open_artifact(path) for path in sorted((tmp_path / "demo/artifacts/eval").glob("tiny_*"))]
+    assert len(evals) == 4
+    assert all(artifact.digest[:12] in page for artifact in evals)
