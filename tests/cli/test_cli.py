@@ -55,7 +55,8 @@ def test_every_command_of_the_table_is_there() -> None:
         "recipe": {"list", "show", "copy", "validate"},
         "model": {"split", "merge", "rm"},
     }
-    expected = {(name,) for name in (*single.split(), "report", "inspect")} | {(g, name) for g, names in grouped.items() for name in names}
+    expected = {(name,) for name in (*single.split(), "report", "inspect")}
+    expected |= {(group, name) for group, names in grouped.items() for name in names}
     assert set(LEAVES) == expected
 
 
