@@ -242,12 +242,27 @@ def test_clips_do_not_mix(adapter: str, backbone: str) -> None:
     assert not torch.allclose(after[1], before[1])
 
 
-def test_frozen_layers_before_the_first_adapter_run_without_autograd() -> None:
-    model = make("mst", "clip_vit_tiny", layers="3")
+@pytest.mark.parametrize(
+    ("adapter", "backbone"),
+    [
+        ("mst", "clip_vit_tiny"),
+        ("mhva", "swin3d_tiny"),
+        ("prefix", "vivit_tiny"),
+        ("st", "vit_tiny"),
+        ("lora", "mvit_tiny"),
+    ],
+)
+def test_frozen_layers_before_the_first_adapter_run_without_autograd(adapter: str, backbone: str) -> None:
+    blocks = len(make(adapter, backbone).backbone.block_paths())
+    model = make(adapter, backbone, layers=str(blocks))
     model.train()
     needs: dict[str, bool] = {}
+
+    def keep(path: str, y: Any) -> None:
+        needs[path] = (y[0] if isinstance(y, tuple) else y).requires_grad
+
     for path in model.backbone.block_paths():
         block = model.backbone.net.get_submodule(path)
-        block.register_forward_hook(lambda module, args, y, path=path: needs.update({path: y.requires_grad}))
+        block.register_forward_hook(lambda module, args, y, path=path: keep(path, y))
     model(clip(model), "a")
-    assert list(needs.values()) == [False, False, True]
+    assert list(needs.values()) == [False] * (blocks - 1) + [True]

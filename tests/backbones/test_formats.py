@@ -270,6 +270,15 @@ def test_options_reach_the_network(tmp_path: Path) -> None:
         import_weights("swin3d_tiny", tmp_path / "swin.pth", tmp_path / "other", tag="t", options={"window": 7})
 
 
+def test_a_longer_window_adds_rows_to_the_tables_of_relative_positions() -> None:
+    """(16, 7, 7) of Something-Something's Video Swin-B: 2 * 16 - 1 distances in time where (8, 7, 7) has 15."""
+    with torch.device("meta"):
+        usual, longer = fresh("swin3d_b"), fresh("swin3d_b", window=(16, 7, 7))
+    count, more = (sum(p.numel() for p in net.net.parameters()) for net in (usual, longer))
+    heads = sum(depth * width for depth, width in zip((2, 2, 18, 2), (4, 8, 16, 32), strict=True))
+    assert more - count == (31 - 15) * 13 * 13 * heads
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
