@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from mdltool.artifact import open_artifact
 from mdltool.data.index import ShardIndex
@@ -20,9 +21,10 @@ from mdltool.schema import Recipe
 from mdltool.stages.sources import asked_for
 from mdltool.types import Clip
 from tests.conftest import Ran
-from tests.data.tiny_people import make_mpiigi
+from tests.data.tiny_people import make_mpiigi, make_udiva
 
 MICROPHONES = [f"audio_mic{number}" for number in range(4)]
+PEOPLE = ["audio_self", "audio_other", "text_self", "text_other"]
 SMALL = (
     "backbone.name=swin3d_tiny",
     "backbone.weights=scratch",
@@ -63,6 +65,32 @@ def test_the_microphones_of_mpiigi_are_what_its_recipe_trains_on(
     trained = mdltool("train", "--recipe", "cm3t_mpiigi", *sets, "--work", tmp_path, "--workers", 0)
     model = load_model(open_artifact(trained.path))
     assert list(model.spec.streams["mpiigi"]) == MICROPHONES
+
+
+def test_a_model_gains_what_both_participants_say_by_the_recipe(
+    tmp_path: Path, mdltool: Callable[..., Ran]
+) -> None:
+    """shard --recipe, train on frames, add-modality --recipe: two streams of each kind."""
+    source = make_udiva(tmp_path / "videos")
+    where = ("--domain", "udiva", "--split", "train", "--work", tmp_path, "--workers", 1)
+    recipe = ("--recipe", "cm3t_udiva", "--modality", "audio", "--modality", "text")
+    shards = mdltool("shard", source, "--format", "udiva", *where, *recipe).path
+    assert list(ShardIndex.open(open_artifact(shards)).streams) == PEOPLE
+    here = ("--work", tmp_path, "--workers", 0)
+    frames = mdltool("train", "--recipe", "cm3t_udiva_swinb_mhva_pt", *words(SMALL, steps=1), *here).path
+    sets = words((*CAA, "streams.audio_self.width=24"), steps=1)
+    artifact = open_artifact(mdltool("add-modality", frames, *recipe, *sets, *here).path)
+    assert artifact.summary["added"] == {"udiva": PEOPLE}
+    old, new = load_model(open_artifact(frames)), load_model(artifact)
+    assert all(torch.equal(new.tensors()[key], tensor) for key, tensor in old.tensors().items())
+    # as the recipe declares them: of shards alone every stream gets a linear embedder
+    streams = new.spec.streams["udiva"].values()
+    assert [s.embedder for s in streams] == ["linear", "linear", "none", "none"]
+    assert [(s.width, s.input) for s in streams] == [(24, 1024), (512, 1024), (512, 512), (512, 512)]
+    stored = artifact.load_json("model.json")["recipe"]
+    made = ["log_mel", "log_mel", "hashed_ngrams", "hashed_ngrams"]
+    assert [part["extractor"] for part in stored["streams"].values()] == made
+    assert stored["adapters"][-1]["fusion"] == "adapterfusion", "which the model's recipe did not have"
 
 
 def recipe(**changes: Any) -> Recipe:
