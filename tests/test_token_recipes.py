@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import re
+import shlex
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +18,7 @@ from mdltool.data.features.flow import FlowGrid
 from mdltool.data.features.log_mel import LogMel
 from mdltool.model import build_model
 from mdltool.model_spec import AdapterSpec, ModelSpec
-from mdltool.recipe import load, shipped
+from mdltool.recipe import find, load, shipped
 from mdltool.stages import describe
 from tests.conftest import Ran
 
@@ -92,9 +95,36 @@ GFLOPS = {
 }
 
 
+VARIANTS_OF = "cm3t_ek100_swinb_mhva_pt"
+PREFIXES, CHANNELS, BLOCKS = 360_984, 12_032, 24  # of Swin-B: the prefixes' parameters, its blocks and their widths
+
+
+def _variants() -> dict[tuple[str, ...], int]:
+    """What the recipe's file says in comments: the values of --set, and the adapters' parameters with them."""
+    lines = re.findall(r"^#   (--set .+?)  +([\d,]+)", find(VARIANTS_OF).read_text(), re.MULTILINE)
+    split = ((shlex.split(words), number) for words, number in lines)
+    return {tuple(w for w in words if w != "--set"): int(number.replace(",", "")) for words, number in split}
+
+
+def _variants_by_formula() -> dict[tuple[str, ...], int]:
+    """Spec cm3t 1, of the formulas in 2.2, 2.3 and 3.3."""
+    found = {
+        ("adapters.0.scale=fixed",): MHVA_PT_SWIN - BLOCKS,
+        ("adapters.1.reparam=mlp_tanh", "adapters.1.dropout=0.3"): (
+            MHVA_PT_SWIN + 64 * (2 * CHANNELS + BLOCKS) + CHANNELS  # C -> 64 -> C with biases, 1.55 M
+        ),
+        ("adapters=[{type: prefix, length: 30}]",): PREFIXES,
+    }
+    for heads, r in itertools.product((1, 7), (32, 64, 128, 256)):
+        if (heads, r) != (7, 64):
+            mhva = heads * (2 * CHANNELS * r + BLOCKS * r + CHANNELS) + BLOCKS
+            found[f"adapters.0.r={r}", f"adapters.0.heads={heads}"] = mhva + PREFIXES
+    return found
+
+
 @functools.cache
-def counts(name: str) -> dict[str, Any]:
-    recipe = load(name)
+def counts(name: str, *changes: str) -> dict[str, Any]:
+    recipe = load(name, changes)
     spec = describe.model_spec(recipe, describe.outputs_of(recipe))
     with torch.device("meta"):
         return build_model(spec).parameter_counts()
@@ -113,6 +143,17 @@ def test_every_recipe_of_the_papers_has_its_row_here() -> None:
 def test_exact_integers(name: str) -> None:
     found = counts(name)
     assert (found["backbone"], found["adapters"]) == ROWS[name]
+
+
+def test_the_variants_in_a_recipes_comments_are_all_those_of_the_text() -> None:
+    found = _variants()
+    assert found == _variants_by_formula()
+    assert found["adapters.0.r=64", "adapters.0.heads=1"] == 1_914_672  # printed in spec 3.2
+
+
+@pytest.mark.parametrize("sets", _variants(), ids=" ".join)
+def test_a_variant_is_valid_and_has_its_parameters(sets: tuple[str, ...]) -> None:
+    assert counts(VARIANTS_OF, *sets)["adapters"] == _variants()[sets]
 
 
 @pytest.mark.parametrize("name", GFLOPS)
