@@ -206,7 +206,7 @@ def _streams(
 
     found = load(recipe)
     streams = asked_for(found, domain, modalities, sides, features, settings)
-    whose = "" if domain in found.domains else f" (it has no domain '{domain}': of all that it has)"
+    whose = "" if domain in found.domains else f" (it has no domain '{domain}': of all of its streams)"
     console.say(f"streams of {found.name}: {', '.join(entry.name for entry in streams)}{whose}")
     return streams
 
