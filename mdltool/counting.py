@@ -48,13 +48,21 @@ def parameter_counts(model: MultiDomainModel) -> dict[str, Any]:
     }
 
 
-def by_type(model: MultiDomainModel) -> dict[str, int]:
-    """Adapter type -> parameters of its adapters, all domains together."""
-    found: dict[str, int] = {}
+def parts(model: MultiDomainModel) -> dict[str, int]:
+    """Every count that a printed figure can be made of: those of `parameter_counts`, an adapter type's parameters
+    under its name, all domains together, and the weights of convolutions, `filters` of the backbone and
+    `adapter_filters` of all adapters.
+    """
+    counts = {part: number for part, number in parameter_counts(model).items() if part != "per_domain"}
+    held = {}
     for site, wrapper in model.sites.items():
-        held = [wrapper.adapters, *([wrapper.common] if wrapper.common is not None else [])]
-        found[model.types[site]] = found.get(model.types[site], 0) + count(held)
-    return found
+        held[site] = [wrapper.adapters, *([wrapper.common] if wrapper.common is not None else [])]
+        kind = model.types[site]
+        counts[kind] = counts.get(kind, 0) + count(held[site])
+    counts["filters"] = sum(p.numel() for p in model.backbone_parameters() if p.dim() > 2)
+    adapters = (p for modules in held.values() for module in modules for p in module.parameters())
+    counts["adapter_filters"] = sum(p.numel() for p in adapters if p.dim() > 2)
+    return counts
 
 
 def count(modules: Iterable[nn.Module]) -> int:

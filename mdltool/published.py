@@ -1,19 +1,21 @@
 """The printed tables of the papers, rows of other systems included: recipes/published/<paper>.yaml.
 
-Columns of accuracies and other metrics are DATASET.METRIC, named as in the recipes' `published`.
+Columns of accuracies and other metrics are DATASET.METRIC, those of parameters in millions parameters_m.PART. A row
+names the recipes that stand for it; `with_printed` gives them its cells, which stand nowhere else.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import yaml
 from pydantic import Field, PlainValidator, ValidationError
 
 from mdltool.errors import MdlError
 from mdltool.evaluate.decathlon import Decathlon
-from mdltool.recipe import PUBLISHED, fault, recipe_dirs
+from mdltool.recipe_files import PUBLISHED, fault, read_yaml, recipe_dirs
 from mdltool.registry import did_you_mean
 from mdltool.schema import Part
 
@@ -68,6 +70,7 @@ def tables(paper: str) -> list[PrintedTable]:
     return load(paper).tables
 
 
+@functools.cache
 def load(paper: str) -> Paper:
     """A paper with its tables. Raises MdlError for an unknown paper or, with all faults together, a broken file."""
     files = papers()
@@ -78,13 +81,9 @@ def load(paper: str) -> Paper:
 
 def read(path: Path) -> Paper:
     """One file of printed tables. Raises MdlError with all faults together."""
-    try:
-        # libyaml's loader: a list of many rows should not take seconds
-        content = yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise MdlError(f"this is not valid YAML: {error}", path, "mend the file") from None
-    if not isinstance(content, dict):
-        raise MdlError("a file of printed tables is a mapping of keys", path, "begin it with: paper, title, tables")
+    content = read_yaml(
+        path, "a file of printed tables is a mapping of keys", "begin it with: paper, title, tables"
+    )
     try:
         paper = Paper.model_validate(content)
         faults = _cross_faults(paper, path.stem)
@@ -122,6 +121,69 @@ def _row_faults(row: Row, columns: list[str], at: str) -> list[str]:
         *(f"{at}.cells.{c}: there is no such column; {did_you_mean(c, columns)}" for c in strange),
         *(f"{at}.corrected.{c}: this cell is not printed" for c in uncorrectable),
     ]
+
+
+def with_printed(content: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's content whose `published` has the cells of the printed rows that name the recipe.
+
+    What the recipe states itself stays; a content that is not a recipe's is left to validation.
+    """
+    own = content.get("published")
+    paper = own.get("paper") if isinstance(own, dict) else None
+    if not isinstance(own, dict) or paper not in papers():
+        return content
+    domains = content.get("domains")
+    names = [*(domains if isinstance(domains, dict) else ()), *(own.get("others") or ())]
+    found = printed(str(content.get("name")), str(paper), names, own.get("omit") or ())
+    for key, value in own.items():
+        found[key] = (
+            {**found[key], **value} if isinstance(found.get(key), dict) and isinstance(value, dict) else value
+        )
+    return {**content, "published": found}
+
+
+def rows_of(recipe: str, paper: str) -> list[tuple[PrintedTable, Row]]:
+    """The rows of a paper that name a recipe."""
+    return [(table, row) for table in tables(paper) for row in table.rows if recipe in row.recipes]
+
+
+def printed(recipe: str, paper: str, domains: Collection[str], omit: Collection[str] = ()) -> dict[str, Any]:
+    """What a paper's rows print of a recipe, under the keys of a recipe's `published`. omit: columns left out."""
+    found: dict[str, Any] = {}
+    for table, row in rows_of(recipe, paper):
+        for column, cell in row.cells.items():
+            for place in _places(column, domains) if column not in omit else ():
+                _put(found, place, cell)
+                if column in row.corrected:
+                    _put(found, ("corrected", place[-1]), row.corrected[column])
+                if place[0] == "parameters_m":
+                    found["digits"] = max(found.get("digits", 0), digits(table, column))
+    return found
+
+
+def _put(content: dict[str, Any], place: tuple[str, ...], value: Cell) -> None:
+    *keys, last = place
+    for key in keys:
+        content = content.setdefault(key, {})
+    content[last] = value
+
+
+def _places(column: str, domains: Collection[str]) -> list[tuple[str, ...]]:
+    """Where in a recipe's `published` a column belongs; nowhere if it is another domain's or has no figures."""
+    group, _, name = column.rpartition(".")
+    if column in ("gflops", "size"):
+        return [(column,)]
+    if group == "parameters_m":
+        return [(group, name)]
+    if column in ("mean_top1", "decathlon_score"):
+        return [("overall", column)]
+    if column == "trained_percent":
+        return [("percent", "trained")]
+    if column == "epochs":
+        return [("scores", column, domain) for domain in domains]
+    if group not in domains:
+        return []
+    return [("top1", group)] if name == "top1" else [("scores", name, group)]
 
 
 def top1(row: Row) -> dict[str, float]:

@@ -8,22 +8,22 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from mdltool.adapters import ADAPTERS
 from mdltool.backbones import BACKBONES
 from mdltool.errors import MdlError
 from mdltool.overrides import apply_override
+from mdltool.published import with_printed
+from mdltool.recipe_files import PUBLISHED, fault, read_yaml, recipe_dirs
 from mdltool.recipe_streams import sharing_faults, stream_faults
 from mdltool.registry import Table, did_you_mean, nearest
 from mdltool.schema import Recipe
 
 _DOMAIN_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _RESERVED = ("backbone", "shared", "head")
-PUBLISHED = "published"  # the folder beside the families that holds the papers' printed tables, no recipes
 
 ALIASES = {
     "cm3t_ek100": "cm3t_ek100_swinb",
@@ -33,12 +33,6 @@ ALIASES = {
     "mst_clip_b16_k400": "mst_k400_b16_8",
     "residual_decathlon": "residual_parallel",
 }
-
-
-def recipe_dirs() -> list[Path]:
-    """Where the shipped recipes are: inside an installed wheel, or beside the package in a checkout."""
-    package = Path(__file__).parent
-    return [folder for folder in (package / "_recipes", package.parent / "recipes") if folder.is_dir()][:1]
 
 
 def shipped() -> dict[str, Path]:
@@ -70,18 +64,18 @@ def find(name: str) -> Path:
     return recipes[target]
 
 
+def read(name: str) -> dict[str, Any]:
+    """The content of a recipe's file, with what the printed rows that name it print. Raises MdlError."""
+    content = read_yaml(find(name), "a recipe is a mapping of keys", "see: mdltool recipe show tiny_demo")
+    return with_printed(content)
+
+
 def load(name: str, overrides: Iterable[str] = ()) -> Recipe:
     """Read, override (`key=value` with dots in the key) and validate. Raises MdlError with all faults together."""
-    path = find(name)
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise MdlError(f"this is not valid YAML: {error}", path, "mend the file") from None
-    if not isinstance(content, dict):
-        raise MdlError("a recipe is a mapping of keys", path, "see: mdltool recipe show tiny_demo")
+    content = read(name)
     for override in overrides:
         apply_override(content, override)
-    return validate(content, path)
+    return validate(content, find(name))
 
 
 def validate(content: dict[str, Any], where: object, *, partial: bool = False) -> Recipe:
@@ -104,33 +98,6 @@ def validate(content: dict[str, Any], where: object, *, partial: bool = False) -
         raise MdlError(f"the recipe has {len(faults)} {noun}:{listing}", where, "mend the keys above")
     assert recipe is not None
     return recipe
-
-
-def fault(entry: Any, model: type[BaseModel]) -> str:
-    """One line for one of pydantic's errors: its path in `model`, what is wrong, the nearest valid key."""
-    path = ".".join(str(part) for part in entry["loc"])
-    if entry["type"] == "extra_forbidden":
-        *parents, key = entry["loc"]
-        keys = _keys_at(model, parents)
-        return f"{path}: unknown key; {did_you_mean(str(key), keys)}" if keys else f"{path}: unknown key"
-    if entry["type"] == "missing":
-        return f"{path}: missing"
-    return f"{path}: {entry['msg']} (got {entry['input']!r})"
-
-
-def _keys_at(model: type[BaseModel], path: Iterable[Any]) -> list[str]:
-    """Valid keys at a path of the schema. A part that is no key of its model is a dict's key or a list's index."""
-    for part in path:
-        if part in model.model_fields:
-            model = _model_in(model.model_fields[part].annotation) or model
-    return list(model.model_fields)
-
-
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The first model inside an annotation such as dict[str, DomainPart] or Published | None."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((m for m in map(_model_in, get_args(annotation)) if m is not None), None)
 
 
 def _part_faults(content: dict[str, Any]) -> list[str]:

@@ -31,27 +31,34 @@ class OpenPart(BaseModel):
 
 
 class Published(Part):
-    """What the paper prints for this row: top1 per domain in percent, other metrics in scores.
+    """What the paper prints for this row: top1 per domain in percent, other metrics in scores, those of all domains
+    together in overall. Of a shipped recipe the cells are read from the printed tables that name it (published.py):
+    those of its domains and of `others`, without the columns in `omit`.
 
     parameters_m: millions as printed, with `digits` decimals. sums: of which parts of ours a printed cell is the
     sum, where that is not the cell's own name; `denominator` and, of one type's adapters, its name are parts too.
-    percent: a printed share of `denominator` parameters. gflops: of
-    gflops_views views together. corrected: cells that are proven wrong in print, with what they must be. notes:
-    why, and what cannot be derived.
+    percent: a printed share of `denominator` parameters. gflops: of gflops_views views together. size: all domains'
+    networks as a multiple of one, by the weights of convolutions. corrected: cells that are proven wrong in print,
+    with what they must be. why: figure -> why ours is another. notes: what else is to be known of the row.
     """
 
     paper: str
     rows: list[str]
+    others: list[str] = []
+    omit: list[str] = []
     top1: dict[str, float] = {}
     scores: dict[str, dict[str, float]] = {}
+    overall: dict[str, float] = {}
     parameters_m: dict[str, float] = {}
     digits: Annotated[int, Field(ge=0, le=3)] = 2
     sums: dict[str, list[str]] = {}
     percent: dict[str, float] = {}
     denominator: Positive | None = None
-    gflops: Annotated[float, Field(gt=0)] | None = None
+    gflops: Above | None = None
     gflops_views: Positive | None = None
+    size: Above | None = None
     corrected: dict[str, float] = {}
+    why: dict[str, str] = {}
     notes: str | None = None
 
 

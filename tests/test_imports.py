@@ -29,7 +29,7 @@ TIERS = (
         "data",
         "report",
     ),
-    ("schema_losses", "schema", "overrides", "published", "recipe_streams", "recipe"),
+    ("schema_losses", "schema", "overrides", "published", "recipe_files", "recipe_streams", "recipe"),
     ("stages",),
     ("cli",),
 )

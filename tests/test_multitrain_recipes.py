@@ -9,6 +9,7 @@ from mdltool.recipe import load, shipped
 from mdltool.schema import Recipe
 from mdltool.stages import describe, plan
 from mdltool.train.optim import OptimizerSpec, ScheduleSpec, learning_rate
+from tests.figures import check_remarks
 
 BACKBONE, AT_312 = 50_986_176, 51_269_184
 HEADS = {"k400": 2_394_512, "k700": 3_009_212, "mit": 2_199_857, "ssv2": 1_931_438, "actnet": 1_984_712}
@@ -45,6 +46,8 @@ def test_counts(row: str) -> None:
     assert found["parameters"]["trainable"] == found["parameters"]["total"] + training_only
     expected = 612.40 if "312" in row else 223.13
     assert found["gflops"]["view"] == pytest.approx(expected, abs=0.1)
+    figures = check_remarks(f"multitrain_{row}", found["published"])
+    assert figures["gflops"]["remark"].startswith("the paper counts LayerNorm")
 
 
 def test_totals_of_the_released_model() -> None:
@@ -61,7 +64,10 @@ def test_single_domain_rows() -> None:
         (domain,) = found.domains
         assert found.train.batches == "in_turn"
         assert found.heads.type == "linear"
-        assert describe.run(found)["parameters"]["training_only"] == 0, domain
+        described = describe.run(found)
+        assert described["parameters"]["training_only"] == 0, domain
+        if found.published is not None:
+            check_remarks(f"multitrain_{row}", described["published"])
 
 
 def test_schedule_of_the_paper() -> None:

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from mdltool.counting import by_type
+from mdltool.counting import parts
 from mdltool.model import build_model
 from mdltool.recipe import load, shipped
 from mdltool.stages import describe
 from mdltool.stages.describe import millions
+from tests.figures import check_remarks
 
 HEAD = {"hmdb": 104_499, "ucf": 206_949, "k400": 819_600}
 ALL_HEADS = 1_131_048
@@ -78,7 +79,7 @@ def counted(name: str, *changes: str) -> dict[str, Any]:
     recipe = load(name, changes)
     with torch.device("meta"):
         model = build_model(describe.model_spec(recipe, describe.outputs_of(recipe)))
-    return model.parameter_counts() | by_type(model)
+    return parts(model)
 
 
 def test_every_recipe_of_the_paper_has_its_row_here() -> None:
@@ -96,11 +97,12 @@ def test_exact_integers(name: str) -> None:
 
 @pytest.mark.parametrize("name", ROWS)
 def test_every_printed_cell(name: str) -> None:
-    recipe = load(name)
-    assert recipe.published is not None
-    cells = describe.published(recipe, counted(name), 0.0)["parameters"]
-    assert set(cells) == set(recipe.published.parameters_m)
-    assert all(cell["matches"] for cell in cells.values()), cells
+    """Cells match or say why not; only those of Table 5 read with another adapter do not."""
+    cells = check_remarks(name, describe.published(load(name), counted(name), 0.0))
+    assert cells
+    wrong = {cell for cell, entry in cells.items() if not entry["matches"]}
+    assert wrong <= ({"total", "adapters"} if name.endswith(("_2d", "_text")) else set())
+    assert wrong or not name.endswith("_text")
 
 
 # The printed parameter columns, typed from the paper's tables: total, base, head, adapters in millions.

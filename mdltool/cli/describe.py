@@ -98,21 +98,18 @@ def _print_published(published: dict[str, Any], paper: bool) -> None:
     from mdltool import console
 
     console.result(f"\nPublished ({published['paper']}): {'; '.join(published['rows'])}")
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for cell, entry in published["parameters"].items():
-        remark = f"the paper's cell is wrong: {entry['corrected_m']:.2f}" if "corrected_m" in entry else ""
-        own = (f"{entry['printed_m']:g} M", f"{entry['ours_m']:g} M", f"{entry['ours']:,}", remark)
-        rows.append((f"{cell}", *own, f"{entry['difference_m']:+g} M"))
+        own = (f"{entry['printed_m']:g} M", f"{entry['ours_m']:g} M", f"{entry['ours']:,}", entry["remark"])
+        rows.append((cell, *own, f"{entry['difference_m']:+g} M"))
     for cell, entry in published["percent"].items():
         of = f"of {published['denominator']:,}" if published["denominator"] else "of the backbone"
-        own = (f"{entry['printed']:g} %", f"{entry['ours']:.2f} %", of, "")
-        rows.append((f"{cell}", *own, f"{entry['difference']:+.2f} %"))
+        rows.append(_figure(cell, entry, 2, of, " %"))
+    if "size" in published:
+        rows.append(_figure("size", published["size"], 3, "of one network's convolutions", "x"))
     if "gflops" in published:
         entry = published["gflops"]
-        far = abs(entry["difference"]) > 0.01 * entry["printed"]
-        remark = "the paper's cannot be derived from its modules" if far else ""
-        own = (f"{entry['printed']:g}", f"{entry['ours']:.1f}", f"{entry['views']} view(s)", remark)
-        rows.append(("GFLOPs", *own, f"{entry['difference']:+.1f}"))
+        rows.append(_figure("GFLOPs", entry, 1, f"{entry['views']} view(s)"))
     columns = ("figure", "printed", "ours", "", "remark", "difference")
     if rows and paper:
         console.table("", columns, rows, to_stdout=True)
@@ -122,5 +119,14 @@ def _print_published(published: dict[str, Any], paper: bool) -> None:
         console.result("Top-1 printed: " + ", ".join(f"{d} {value:.2f}" for d, value in published["top1"].items()))
     for metric, values in published["scores"].items():
         console.result(f"{metric} printed: " + ", ".join(f"{d} {value:g}" for d, value in values.items()))
+    for metric, value in published["overall"].items():
+        wrong = f" (must be {published['corrected'][metric]:g})" if metric in published["corrected"] else ""
+        console.result(f"{metric} printed: {value:g}{wrong}")
     if published["notes"]:
         console.result(f"Note: {published['notes']}")
+
+
+def _figure(name: str, entry: dict[str, Any], digits: int, of: str, unit: str = "") -> tuple[str, ...]:
+    """A row of the table of printed figures. digits: of ours."""
+    ours, difference = f"{entry['ours']:.{digits}f}{unit}", f"{entry['difference']:+.{digits}f}{unit}"
+    return name, f"{entry['printed']:g}{unit}", ours, of, entry["remark"], difference

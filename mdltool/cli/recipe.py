@@ -71,9 +71,7 @@ def list_recipes(
 
 def _rows(family: str | None, ours: bool) -> list[dict[str, Any]]:
     """What the list says of each recipe. ours: with our counts, which takes a moment for each."""
-    import yaml
-
-    from mdltool.recipe import shipped
+    from mdltool.recipe import read, shipped
     from mdltool.registry import did_you_mean
 
     files = shipped()
@@ -82,9 +80,7 @@ def _rows(family: str | None, ours: bool) -> list[dict[str, Any]]:
         if family not in families:
             raise MdlError(f"there is no family '{family}'", "--family", did_you_mean(family, families))
         files = {name: path for name, path in files.items() if path.parent.name == family}
-    # libyaml's loader: a list of many files should not take seconds
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    contents = {name: yaml.load(path.read_text(), Loader=loader) for name, path in files.items()}
+    contents = {name: read(name) for name in files}
     rows = [{"name": name, "family": files[name].parent.name, **_summary(c)} for name, c in contents.items()]
     return [row | {"ours": count} for row, count in zip(rows, _count(contents), strict=True)] if ours else rows
 
@@ -107,11 +103,8 @@ def _print_family(title: str, rows: list[dict[str, Any]], ours: bool) -> None:
     """ours: with our counts, in the place of what each recipe is about: a folded name cannot be copied."""
     from mdltool import console
 
-    columns = ["recipe", "about", "paper's rows", "published top-1", "published parameters, M"]
-    cells = [
-        [r["name"], r["about"], "; ".join(r["rows"]), _numbers(r["top1"]), _numbers(r["parameters_m"])]
-        for r in rows
-    ]
+    columns = ["recipe", "about", "paper's rows", "published"]
+    cells = [[r["name"], r["about"], "; ".join(r["rows"]), _figures(r)] for r in rows]
     if ours:
         counts = [_numbers({part: count / 1e6 for part, count in r["ours"].items()}) for r in rows]
         columns = ["recipe", *columns[2:], "ours, M"]
@@ -172,17 +165,37 @@ def _heading(column: str) -> str:
 
 def _summary(content: dict[str, Any]) -> dict[str, Any]:
     published = content.get("published") or {}
+    figures = {key: published.get(key) for key in ("gflops", "gflops_views", "size")}
+    parts = ("top1", "scores", "overall", "parameters_m", "percent", "corrected")
     return {
         "about": content.get("about", ""),
         "paper": published.get("paper"),
         "rows": published.get("rows", []),
-        "top1": published.get("top1", {}),
-        "parameters_m": published.get("parameters_m", {}),
+        **{part: published.get(part, {}) for part in parts},
+        **figures,
+        "digits": published.get("digits", 2),
     }
 
 
-def _numbers(values: dict[str, float]) -> str:
-    return ", ".join(f"{key} {value:.2f}" for key, value in values.items())
+def _figures(row: dict[str, Any]) -> str:
+    """All that the paper prints of a row, a line for each kind of figure."""
+    lines = [("top-1", _numbers(row["top1"]))]
+    lines += [(metric, _numbers(values, None)) for metric, values in row["scores"].items()]
+    lines += [(metric, f"{value:g}") for metric, value in row["overall"].items()]
+    lines += [("M", _numbers(row["parameters_m"], row["digits"]))]
+    lines += [("%", _numbers(row["percent"], 1))]
+    views = f" ({row['gflops_views']} views)" if (row["gflops_views"] or 1) > 1 else ""
+    lines += [("GFLOPs", f"{row['gflops']:g}{views}" if row["gflops"] else "")]
+    lines += [("size", f"{row['size']:g}x" if row["size"] else "")]
+    lines += [("must be", _numbers(row["corrected"], None))]
+    return "\n".join(f"{kind}: {text}" for kind, text in lines if text)
+
+
+def _numbers(values: dict[str, float], digits: int | None = 2) -> str:
+    """digits: decimals; None as many as each has."""
+    return ", ".join(
+        f"{key} {value:g}" if digits is None else f"{key} {value:.{digits}f}" for key, value in values.items()
+    )
 
 
 def show(recipe: Name, as_json: options.Json = False) -> None:

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mdltool.counting import by_type
+from mdltool.counting import parts
 from mdltool.evaluate.views import parse_views
 from mdltool.losses.multitrain import MultitrainLoss
 from mdltool.model import MultiDomainModel, build_model
 from mdltool.model_spec import ModelSpec
-from mdltool.schema import Recipe
+from mdltool.schema import Published, Recipe
 from mdltool.stages.plan import model_spec, multitrain_spec, outputs_of
 from mdltool.types import StreamTokens
 
@@ -63,7 +63,7 @@ def run(recipe: Recipe, views: str | None = None) -> dict[str, Any]:
             }
             for name, w in model.sites.items()
         ],
-        "published": published(recipe, counts | by_type(model), view),
+        "published": published(recipe, parts(model), view),
     }
 
 
@@ -86,7 +86,7 @@ def parameters(recipe: Recipe) -> dict[str, int]:
     outputs = {name: domain.classes or 1 for name, domain in recipe.domains.items()}
     with torch.device("meta"):
         model = build_model(model_spec(recipe, outputs))
-    counts = model.parameter_counts() | by_type(model)
+    counts = parts(model)
     if any(domain.classes is None for domain in recipe.domains.values()):
         return {"adapters": counts["adapters"]}
     own = {part: counts[part] for part in ("adapters", "total")}
@@ -141,66 +141,97 @@ def _tokens(spec: ModelSpec, domain: str) -> dict[str, StreamTokens]:
 
 
 def _as_printed(recipe: Recipe, counts: dict[str, int]) -> dict[str, int]:
-    """Our counts by the cells of the recipe's paper. counts: of the model's parts and of its adapters' types.
+    """Our counts by the cells of the recipe's paper. counts: as counting.parts has them.
 
     `trainable` in the paper's sense is heads + adapters (+ backbone where it trains); the shared norms stand in no
-    column of the paper (spec omi_mdl 2.3).
+    column of the paper (spec omi_mdl 2.3). `tunable` and `trained` leave out the heads; an encoder that is tuned
+    counts with its projection (spec mst_adapter 3.1, cm3t 1).
     """
     assert recipe.published is not None
     ours = dict(counts)
-    trains_backbone = any(step.regime in ("joint", "full") for step in recipe.train.steps)
+    trained = counts["backbone"] if any(step.regime in ("joint", "full") for step in recipe.train.steps) else 0
     ours["denominator"] = recipe.published.denominator or counts["backbone"]
-    ours["trainable"] = counts["heads"] + counts["adapters"] + (counts["backbone"] if trains_backbone else 0)
-    return ours | {cell: sum(ours[part] for part in parts) for cell, parts in recipe.published.sums.items()}
+    ours["trainable"] = counts["heads"] + counts["adapters"] + trained
+    ours["trained"] = counts["adapters"] + trained
+    ours["tunable"] = ours["trained"] + (counts["projection"] if trained else 0)
+    return ours | {cell: sum(ours[part] for part in summed) for cell, summed in recipe.published.sums.items()}
 
 
 def published(recipe: Recipe, counts: dict[str, int], view: float) -> dict[str, Any]:
-    """What the paper prints beside our count of the same thing, cell by cell. view: GFLOPs of one view."""
+    """What the paper prints beside our count of the same thing, figure by figure.
+
+    counts: as counting.parts has them. view: GFLOPs of one view. Each figure has `matches`, whether ours rounds to
+    what is printed, or must be where that is proven wrong, and a `remark`, empty if it is printed right.
+    """
     source = recipe.published
     if source is None:
         return {}
     ours = _as_printed(recipe, counts)
     cells: dict[str, dict[str, Any]] = {}
     for cell, printed in source.parameters_m.items():
-        expected, rounded = source.corrected.get(cell, printed), millions(ours[cell], source.digits)
-        cells[cell] = {
-            "printed_m": printed,
-            "ours": ours[cell],
-            "ours_m": rounded,
-            "difference_m": round(rounded - printed, source.digits),
-            "matches": rounded == expected,
-        }
+        found = _beside(source, cell, printed, Decimal(ours[cell]) / 1_000_000, source.digits)
+        rounded = found.pop("rounded")
+        cells[cell] = found | {"printed_m": found.pop("printed"), "ours": ours[cell], "ours_m": rounded}
+        cells[cell]["difference_m"] = round(rounded - printed, source.digits)
         if cell in source.corrected:
-            cells[cell]["corrected_m"] = expected
-    percent: dict[str, dict[str, Any]] = {}
-    for cell, printed in source.percent.items():
-        share = 100 * ours[cell] / ours["denominator"]
-        percent[cell] = {"printed": printed, "ours": share, "difference": round(share - printed, 4)}
-        percent[cell]["matches"] = float(_rounded(share, 1)) == printed
-    found: dict[str, Any] = {
+            cells[cell]["corrected_m"] = source.corrected[cell]
+    shares = {cell: 100 * ours[cell] / ours["denominator"] for cell in source.percent}
+    found = {
         "paper": source.paper,
         "rows": source.rows,
         "parameters": cells,
-        "percent": percent,
+        "percent": {cell: _beside(source, cell, source.percent[cell], share, 1) for cell, share in shares.items()},
         "denominator": source.denominator,
         "top1": source.top1,
         "scores": source.scores,
+        "overall": source.overall,
+        "corrected": source.corrected,
         "notes": source.notes,
     }
     if source.gflops is not None:
         views = source.gflops_views or 1
-        found["gflops"] = {
-            "printed": source.gflops,
-            "views": views,
-            "ours": view * views,
-            "difference": round(view * views - source.gflops, 2),
-        }
+        found["gflops"] = {"views": views, **_beside(source, "gflops", source.gflops, view * views)}
+    if source.size is not None:
+        found["size"] = _beside(source, "size", source.size, _size(recipe, counts))
     return found
+
+
+def _beside(
+    source: Published, figure: str, printed: float, ours: Decimal | float, digits: int | None = None
+) -> dict[str, Any]:
+    """A printed figure and ours. digits: of print; otherwise as many as the figure itself has."""
+    expected = source.corrected.get(figure, printed)
+    rounded = float(_rounded(ours, _digits(expected) if digits is None else digits))
+    remarks = [f"the paper's cell is wrong: {expected:g}"] if figure in source.corrected else []
+    if rounded != expected:
+        remarks.append(source.why.get(figure, "not what the paper prints"))
+    return {
+        "printed": printed,
+        "ours": float(ours),
+        "rounded": rounded,
+        "difference": round(float(ours) - printed, 4),
+        "matches": rounded == expected,
+        "remark": "; ".join(remarks),
+    }
+
+
+def _size(recipe: Recipe, counts: dict[str, int]) -> float:
+    """All domains' networks as a multiple of one, by the weights of convolutions (spec residual_adapters 1): what
+    is fully fine-tuned is a network for each of the row's domains.
+    """
+    assert recipe.published is not None
+    tuned = any(step.regime == "full" for step in recipe.train.steps)
+    networks = len(recipe.published.top1) if tuned else 1
+    return networks + counts["adapter_filters"] / counts["filters"]
 
 
 def millions(parameters: int, digits: int = 2) -> float:
     """Millions with so many decimals, half up, as the papers round."""
     return float(_rounded(Decimal(parameters) / 1_000_000, digits))
+
+
+def _digits(value: float) -> int:
+    return len(f"{value:g}".partition(".")[2])
 
 
 def _rounded(value: Decimal | float, digits: int) -> Decimal:

@@ -22,6 +22,7 @@ from mdltool.recipe import load
 from mdltool.stages import describe
 from mdltool.types import ModuleShape, Site
 from mdltool.wrapping import Route
+from tests.figures import check_remarks
 
 FORMS = ("parallel", "series")
 # inputs, outputs, kernel, stride, groups, size of the input
@@ -372,6 +373,7 @@ RECIPES = {
     "residual_parallel_mid": (8, 122_880, 1.190),
     "residual_parallel_late": (8, 491_520, 1.762),
     "residual_parallel_half": (13, 344_160, 1.533),
+    "residual_parallel_svd": (25, 645_216, 2.0),  # before the compression
 }
 CLASSES = {"aircraft": 100, "cifar100": 100, "dped": 2, "dtd": 47, "gtsrb": 43}
 CLASSES |= {"flowers": 102, "omniglot": 1623, "svhn": 10, "ucf101": 101}
@@ -453,6 +455,7 @@ def test_recipes(name: str) -> None:
     if name != "residual_bn_only":  # the paper has no such row
         assert recipe.published is not None
         assert set(recipe.published.top1) == {"imagenet", *CLASSES}
+        assert round(check_remarks(name, found["published"])["size"]["ours"], 3) == (size or 10)
     if size is None:  # one network for each domain
         assert len(recipe.domains) == 1
         return
