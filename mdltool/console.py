@@ -79,7 +79,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], to_
     for row in rows:
         grid.add_row(*("" if cell is None else str(cell) for cell in row))
     stream = sys.stdout if to_stdout else sys.stderr
-    # markup off: brackets in a cell are text (mdltool[onnx], a class of that name)
+    # markup off: brackets in a cell are text (mdltool[flow], a class of that name)
     Console(file=stream, highlight=False, markup=False, width=None if stream.isatty() else 160).print(grid)
 
 

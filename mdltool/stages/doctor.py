@@ -15,7 +15,7 @@ _EXTRAS = {
     "transformers": "transformers",
     "torchcodec": "torchcodec",
     "tensorboard": "tensorboard",
-    "onnx": "onnx",
+    "cv2": "flow",
     "huggingface_hub": "hub",
     "s3fs": "remote",
     "gcsfs": "remote",

@@ -142,9 +142,9 @@ def test_ctrl_c_is_130_and_a_word(mdltool: Callable[..., Ran], monkeypatch: pyte
 
 
 def test_brackets_in_a_table_are_text(capsys: pytest.CaptureFixture[str]) -> None:
-    console.table("a [b]", ("[c]",), [("[/d]",), ("mdltool[onnx]",)], to_stdout=True)
+    console.table("a [b]", ("[c]",), [("[/d]",), ("mdltool[flow]",)], to_stdout=True)
     printed = capsys.readouterr().out
-    assert all(text in printed for text in ("a [b]", "[c]", "[/d]", "mdltool[onnx]"))
+    assert all(text in printed for text in ("a [b]", "[c]", "[/d]", "mdltool[flow]"))
 
 
 def test_defects_exit_with_70_and_a_traceback(mdltool: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
