@@ -5,7 +5,6 @@ The schema is strict: all faults are reported together, with their paths and the
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,7 @@ from mdltool.recipe_files import PUBLISHED, fault, read_yaml, recipe_dirs
 from mdltool.recipe_streams import sharing_faults, stream_faults
 from mdltool.registry import Table, did_you_mean, nearest
 from mdltool.schema import Recipe
-
-_DOMAIN_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
-_RESERVED = ("backbone", "shared", "head")
+from mdltool.types import DOMAIN_NAMES, names_domain
 
 ALIASES = {
     "cm3t_ek100": "cm3t_ek100_swinb",
@@ -114,10 +111,8 @@ def _part_faults(content: dict[str, Any]) -> list[str]:
             faults += _options_faults(ADAPTERS, "type", ("sites",), entry, f"adapters.{i}")
     domains = content.get("domains")
     for name, domain in (domains if isinstance(domains, dict) else {}).items():
-        if not _DOMAIN_NAME.fullmatch(str(name)) or name in _RESERVED:
-            faults.append(
-                f"domains.{name}: a domain's name is lower case letters, digits, _ and -; not {_RESERVED}"
-            )
+        if not names_domain(str(name)):
+            faults.append(f"domains.{name}: a domain's name is {DOMAIN_NAMES}")
         task = domain.get("task", "single_label") if isinstance(domain, dict) else None
         if isinstance(task, str) and task not in TASKS:
             faults.append(f"domains.{name}.task: there is no task '{task}'; {did_you_mean(task, TASKS)}")

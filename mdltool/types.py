@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +18,18 @@ IMAGE_SUFFIXES = frozenset(
 
 STREAM_KINDS = ("audio", "flow", "text")
 
+_NOT_DOMAINS = ("backbone", "shared", "head")  # what tensors' names begin with where a domain's could
+DOMAIN_NAMES = f"lower case letters, digits, _ and -; not {', '.join(_NOT_DOMAINS)}"
+
 Label = int | tuple[int, ...] | tuple[float, ...]
 """By task: single_label: the class's number, from 0. multi_label: the numbers of the clip's classes, increasing.
 regression: each target's value. verb_noun: the numbers of its verb and its noun. In JSON all but the first are
 lists."""
+
+
+def names_domain(name: str) -> bool:
+    """Whether a domain can be called so: see DOMAIN_NAMES."""
+    return bool(re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name)) and name not in _NOT_DOMAINS
 
 
 def is_image(name: Path | str) -> bool:

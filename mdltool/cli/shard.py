@@ -12,6 +12,7 @@ import typer
 
 from mdltool.cli import options
 from mdltool.errors import MdlError
+from mdltool.types import DOMAIN_NAMES, names_domain
 
 if TYPE_CHECKING:
     from mdltool.artifact import Artifact
@@ -182,9 +183,11 @@ def _required(source: list[Path] | None, names: dict[str, str]) -> Path:
     if source is None or len(source) != 1 or absent:
         what = f"not given: {', '.join(absent)}" if absent else "give one SOURCE folder"
         raise typer.BadParameter(f"{what} (mdltool shard SOURCE --format F --domain D --split S)")
-    for name in ("--domain", "--split"):
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", names[name]):
-            raise MdlError(f"'{names[name]}' cannot be a name", name, "use letters, digits, '_' and '-'")
+    domain, split = names["--domain"], names["--split"]
+    if not names_domain(domain):
+        raise MdlError(f"'{domain}' cannot be a domain's name", "--domain", DOMAIN_NAMES)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", split):
+        raise MdlError(f"'{split}' cannot be a name", "--split", "use letters, digits, '_' and '-'")
     return source[0]
 
 

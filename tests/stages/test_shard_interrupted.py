@@ -172,7 +172,9 @@ class TestRefusals:
             ((".", "--format", "folder", "--shard-size", "0"), "'0' is no size"),
             ((".", "--format", "folder", "--part", "2/2"), "'2/2' is no part"),
             ((".", "--format", "folder", "--max-bad", "5"), "'5' is no share"),
-            ((".", "--format", "folder", "--domain", "a/b"), "'a/b' cannot be a name"),
+            ((".", "--format", "folder", "--domain", "UCF101"), "'UCF101' cannot be a domain's name"),
+            ((".", "--format", "folder", "--domain", "shared"), "'shared' cannot be a domain's name"),
+            ((".", "--format", "folder", "--split", "a/b"), "'a/b' cannot be a name"),
             ((".", "--format", "csv"), "the CSV file is not given"),
         ],
     )
