@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import io
 import os
 import re
 import sys
@@ -72,6 +73,9 @@ for _name in COMMANDS:
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 the user can fix it, 2 usage, 70 our defect, 75 stopped."""
     words, debug = _without_debug(sys.argv[1:])
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="surrogateescape")  # paths pass through, which need not be UTF-8
     # Before torch loads its OpenMP: threads that spin while they wait take the cores that decode the next batch.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import zlib
 from collections.abc import Sequence
@@ -83,7 +84,7 @@ def load_views(
     picked: list[np.ndarray] = []
 
     def choose(timeline: Timeline) -> Sequence[int]:
-        rng = np.random.default_rng([spec.seed, zlib.crc32(key.encode())])
+        rng = np.random.default_rng([spec.seed, zlib.crc32(os.fsencode(key))])
         starts = view_starts(timeline.duration_s, spec.sampling.span_s(timeline), spec.temporal, spec.starts, rng)
         picked[:] = [clip_indices(timeline, start, spec.sampling) for start in starts]
         return np.concatenate(picked).tolist()

@@ -262,6 +262,17 @@ def test_an_empty_pipe_is_an_error_and_no_fallback(world: World, tmp_path: Path)
     assert ran.stdout == ""
 
 
+def test_paths_need_not_be_utf_8(world: World, tmp_path: Path) -> None:
+    odd, strict = os.fsencode(tmp_path / "x") + b"\xff", {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    words = ["--format", "folder", "--domain", "chalk", "--split", "val", "--out", odd]
+    shard = [*MDLTOOL, "shard", str(world.videos / "chalk" / "val"), *words]
+    ran = subprocess.run(shard, env=strict, capture_output=True, check=True)
+    assert ran.stdout == odd + b"\n"
+    ran = subprocess.run([*MDLTOOL, "eval"], env=strict, input=odd, capture_output=True, check=False)
+    assert ran.returncode == 1
+    assert b"of kind shards, not model" in ran.stderr
+
+
 def test_the_wrong_kind_by_pipe_is_refused(world: World, tmp_path: Path) -> None:
     ran = subprocess.run(
         [*MDLTOOL, "eval", "--work", str(world.work)],

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import io
 import json
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +27,9 @@ from mdltool.data.modalities.clip import prepare_with_streams, stored_stream
 from mdltool.data.modalities.plan import Streams
 from mdltool.data.modalities.sides import Sides
 from mdltool.data.modalities.video import streams_of_video
+from mdltool.data.sampling import Sampling
 from mdltool.errors import MdlError
+from mdltool.evaluate.views import ViewSpec, load_views
 from mdltool.stages.shard import Dataset, Effort, Writing, merge, outlook, run
 from mdltool.types import Clip
 from tests.conftest import Ran
@@ -352,6 +356,17 @@ def test_a_mended_side_file_is_read_by_the_same_command(videos: Path, tmp_path: 
     assert not (tmp_path / "out.partial").exists()
     side.write_text("start,end,text\n0,10,as it should be\n")
     assert run(dataset(videos), tmp_path / "out", whole).summary["streams"]["text"] > 0
+
+
+def test_a_video_whose_name_is_no_utf_8_has_its_streams(videos: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "videos" / "wave" / os.fsdecode(b"clip\xff.mkv")
+    odd.parent.mkdir(parents=True)
+    shutil.copy(videos / "wave" / "clip.0.mkv", odd)
+    shutil.copy(videos / "wave" / "clip.0.srt", odd.with_suffix(".srt"))
+    made = run(dataset(tmp_path / "videos"), tmp_path / "out", writing(TEXT))
+    assert streams_of(made)["wave/clip?"]["text"]["missing"] is None
+    spec = ViewSpec(1, 1, Sampling(4, 0.8), 32, 32)
+    assert load_views(odd, spec, key=odd.stem).frames is not None
 
 
 def test_text_without_any_transcript(tmp_path: Path) -> None:

@@ -175,7 +175,7 @@ def _times(features: Path, count: int) -> np.ndarray | None:
 
 
 def _source(stream: ClipStream, part: Part) -> str:
-    return (stream.source or part.video).name
+    return (stream.source or part.video).name.encode("utf-8", "replace").decode()  # as keys have it
 
 
 def _npy(array: np.ndarray) -> bytes:
