@@ -135,6 +135,7 @@ class TarWriter:
                 # The end of the tar is no whole page, nor is what an almost full disk left over; some file systems
                 # refuse only now.
                 if error.errno != errno.EINVAL or not _past_cache(self._descriptor):
+                    error.filename = str(self._path)
                     raise
                 fcntl.fcntl(self._descriptor, fcntl.F_SETFL, _flags(self._descriptor) & ~_DIRECT)
 
