@@ -141,6 +141,7 @@ def _refusal(error: OSError) -> MdlError:
     fixes = {
         errno.ENOSPC: "free some space, then run the same command again, a training with --resume"
         ": finished work is kept",
+        errno.EFBIG: "a limit of files' sizes is reached: raise it (ulimit -f), or give an --out elsewhere",
         errno.EDQUOT: "your quota is used up: free some space, then run the same command again",
         errno.EACCES: "check the permissions, or give another --out",
         errno.EROFS: "this file system is read-only: give another --out",

@@ -17,6 +17,7 @@ from mdltool.compress import ranks
 from mdltool.compress.factoring import Decomposed, SiteWeight, folded_norms, site_weights
 from mdltool.compress.ranks import Choice
 from mdltool.data.index import ShardIndex
+from mdltool.data.tokens import check_stored
 from mdltool.errors import MdlError
 from mdltool.model import build_model
 from mdltool.model_spec import ModelSpec, parse_options
@@ -26,6 +27,7 @@ from mdltool.schema import Recipe
 from mdltool.stages.continuing import finetuning
 from mdltool.stages.fitting import DomainData, Scope, announced_parts, check_domain, sort_shards, wanted
 from mdltool.stages.making import trained
+from mdltool.stages.plan import modalities
 from mdltool.stages.sources import check_sources
 from mdltool.train.plan import Progress
 
@@ -96,7 +98,8 @@ def training_of(
 ) -> Training | None:
     """Fine-tuning a model by a recipe, as it is stored or for one domain alone.
 
-    domains: what model.json says of them. Raises MdlError for shards that are not the model's.
+    domains: what model.json says of them. Raises MdlError for shards that are not the model's, or lack a stream of
+    it.
     """
     if finetune is None:
         return None
@@ -108,6 +111,8 @@ def training_of(
     whole = sort_shards(before, finetune.shards)
     clips = {name: len(wanted(before, part.train_index)) for name, part in whole.items()}
     recipe = finetuning(stored, finetune.updates, clips, finetune.overrides, source)
+    for name, part in whole.items():
+        check_stored(part.train_index, modalities(recipe, name))
     return Training(recipe, announced_parts(recipe, whole), finetune.workers, finetune.resume)
 
 

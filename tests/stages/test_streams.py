@@ -137,6 +137,9 @@ def refuses_other_tokens(path: Path, folder: Path) -> None:
     with pytest.raises(MdlError, match=what):
         check_whiten(Whiten([other]), content, model)
     check_sources(Recipe.model_validate(content["recipe"]), ShardIndex.open(other), ["audio"])
+    silent = write_shards(folder / "silent", [b"video"] * 2, domain="d", classes=classes)
+    with pytest.raises(MdlError, match="the shards d/train have no stream 'audio'"):
+        training_of(content["recipe"], content["domains"], Finetune(1, [silent]), model)
 
 
 def test_shards_without_what_training_asks_for(heard: Heard, tmp_path: Path) -> None:
