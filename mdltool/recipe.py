@@ -16,7 +16,7 @@ from mdltool.backbones import BACKBONES
 from mdltool.errors import MdlError
 from mdltool.overrides import apply_override
 from mdltool.published import with_printed
-from mdltool.recipe_files import PUBLISHED, fault, read_yaml, recipe_dirs
+from mdltool.recipe_files import PUBLISHED, fault, read_yaml, recipe_dirs, said
 from mdltool.recipe_streams import sharing_faults, stream_faults
 from mdltool.registry import Table, did_you_mean, nearest
 from mdltool.schema import Recipe
@@ -138,7 +138,7 @@ def _option_fault(entry: Any, path: str, keys: list[str]) -> str:
     where = ".".join([path, *map(str, entry["loc"])])
     if entry["type"] == "extra_forbidden":
         return f"{where}: unknown key; {did_you_mean(str(entry['loc'][-1]), keys)}"
-    return f"{where}: {entry['msg']} (got {entry['input']!r})"
+    return f"{where}: {said(entry)}"
 
 
 def _cross_faults(recipe: Recipe) -> list[str]:

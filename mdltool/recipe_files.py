@@ -42,7 +42,13 @@ def fault(entry: Any, model: type[BaseModel]) -> str:
         return f"{path}: unknown key; {did_you_mean(str(key), keys)}" if keys else f"{path}: unknown key"
     if entry["type"] == "missing":
         return f"{path}: missing"
-    return f"{path}: {entry['msg']} (got {entry['input']!r})"
+    return f"{path}: {said(entry)}"
+
+
+def said(entry: Any) -> str:
+    """What is wrong, with the value, but for a whole part of the recipe."""
+    what = entry["msg"].removeprefix("Value error, ")
+    return what if isinstance(entry["input"], dict) else f"{what} (got {entry['input']!r})"
 
 
 def _keys_at(model: type[BaseModel], path: Iterable[Any]) -> list[str]:

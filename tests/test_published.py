@@ -197,7 +197,7 @@ def test_all_faults_of_a_file_are_one_message_with_their_paths(tmp_path: Path) -
         "4 faults",
         "title: missing",
         "tables.0.colums: unknown key; did you mean 'columns'?",
-        "tables.0.rows.0.cells.a.top1: Value error, a cell is a number or a text (got True)",
+        "tables.0.rows.0.cells.a.top1: a cell is a number or a text (got True)",
         "tables.0.rows.0.recipe: unknown key; did you mean 'recipes'?",
     ):
         assert part in found, found

@@ -63,7 +63,7 @@ def test_all_faults_are_reported_together_with_paths_and_nearest_keys() -> None:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("adapters.0.kt", 2, "adapters.0.kt: Value error, a kernel size must be odd"),
+        ("adapters.0.kt", 2, "adapters.0.kt: a kernel size must be odd"),
         ("adapters.0.lnn", "none", "adapters.0.lnn: unknown key; did you mean 'ln'?"),
         ("backbone.poool", "fixed", "backbone.poool: unknown key; did you mean 'pool'?"),
         ("domains.shared", {}, "domains.shared: a domain's name"),
@@ -73,6 +73,7 @@ def test_all_faults_are_reported_together_with_paths_and_nearest_keys() -> None:
         ("views.grid", "10x2", "views.grid"),
         ("train.steps.0.regime", "jont", "train.steps.0.regime"),
         ("train.steps", [], "train.steps"),
+        ("train.steps.0.epochs", 2, "train.steps.0: give either updates or epochs\n"),
         ("data.frames", 0, "data.frames"),
         ("data.fraction", 0, "data.fraction"),
         ("domains.chalk.crop", 61, "domains.chalk.crop: crops of 61 are above the shorter side of views (60), val"),

@@ -60,7 +60,7 @@ def resolve(given: Path | None, kind: str, work: Path) -> Artifact:
         raise MdlError(
             f"no {kind} given, and none in the work directory",
             work / kind,
-            f"give the path of a {kind} artifact",
+            f"give the path of an artifact of kind {kind}",
         )
     console.say(f"using the latest {kind}: {found.path}")
     return found
