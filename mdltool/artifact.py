@@ -221,9 +221,9 @@ class Draft:
             "summary": dict(summary),
         }
         write_text(self.path / _MANIFEST, json.dumps(manifest, indent=1))
-        (self.path / _PARTIAL).unlink()
-        (self.path / _LOCK).unlink()
         os.rename(self.path, self.out)
+        for name in (_PARTIAL, _LOCK):  # only now: what a kill cuts off before can be continued
+            (self.out / name).unlink()
         sync_directory(self.out.parent)
         self._lock.close()
         if self.out.parent.name == kind:

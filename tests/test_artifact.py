@@ -88,6 +88,24 @@ def test_another_request_is_refused_and_the_difference_named(tmp_path: Path) -> 
         start(tmp_path / "m", request={"train": {"seed": 2}})
 
 
+def test_what_is_cut_off_while_it_becomes_whole_is_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    draft = start(tmp_path / "m")
+    assert isinstance(draft, Draft)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            draft.commit({})
+    draft.abandon(keep=True)
+    again = start(tmp_path / "m", resume="must")
+    assert isinstance(again, Draft)
+    assert [path.name for path in again.commit({}).path.iterdir()] == ["artifact.json"]
+
+
 def test_what_is_no_artifact_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years")
