@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from mdltool.data.modalities.sides import Sides
 from mdltool.data.modalities.video import VideoStream, streams_of_video
 from mdltool.errors import MdlError
 from mdltool.evaluate.scores import VIEWS_PER_FORWARD, score_mixed
-from mdltool.evaluate.views import load_views
+from mdltool.evaluate.views import ViewSpec, load_views
 from mdltool.model_store import label_spaces, load_model
 from mdltool.registry import did_you_mean
 from mdltool.schema import Recipe
@@ -57,45 +58,82 @@ def run(
         if not video.is_file():
             raise MdlError("there is no such video file", video, "check the path")
     recipe = Recipe.model_validate(content["recipe"])
-    specs = {name: eval_views(recipe, name, views) for name in set(chosen)}
-    tasks: dict[str, Task] = {name: task_of(spaces[name]) for name in specs}
-    infos = {name: _infos(recipe, name) for name in specs}
-    _check_sides(sides or {}, infos)
+    known = {name: _Domain.of(recipe, name, spaces[name], views) for name in dict.fromkeys(chosen)}
+    _check_sides(sides or {}, known.values())
     model = load_model(model_artifact, weights, work)
-    waiting: list[tuple[Path, str, Tensor, dict[str, VideoStream]]] = []
+    tasks = {name: domain.task for name, domain in known.items()}
+    pairs = ((video, known[name]) for video, name in zip(videos, chosen, strict=True))
+    for clips in _groups(pairs, sides or {}, batch):
+        tokens = [clip.tokens() for clip in clips]
+        frames = ((clip.domain.name, clip.frames) for clip in clips)
+        scores = score_mixed(model, list(frames), tasks, recipe.views.average, batch, tokens)
+        for clip, scores_N in zip(clips, scores, strict=True):
+            yield clip.about(scores_N, topk)
 
-    def scored() -> Iterator[dict[str, Any]]:
-        clips = [(domain, frames) for _, domain, frames, _ in waiting]
-        given = [{n: torch.from_numpy(s.tokens_MD) for n, s in streams.items()} for *_, streams in waiting]
-        scores = score_mixed(model, clips, tasks, recipe.views.average, batch, given)
-        for (video, domain, _, streams), scores_N in zip(waiting, scores, strict=True):
-            tops = _tops(tasks[domain], spaces[domain], scores_N, topk)
-            about = {n: {"tokens": len(s.tokens_MD), "missing": s.missing} for n, s in streams.items()}
-            found = {"video": str(video), "domain": domain, "task": tasks[domain].name, **tops}
-            yield found | ({"streams": about} if about else {})
-        waiting.clear()
 
-    for video, domain in zip(videos, chosen, strict=True):
+@dataclass(frozen=True)
+class _Domain:
+    """How the model sees videos of one domain. streams: what made each."""
+
+    name: str
+    space: LabelSpace
+    task: Task
+    views: ViewSpec
+    streams: dict[str, StreamInfo]
+
+    @classmethod
+    def of(cls, recipe: Recipe, name: str, space: LabelSpace, views: str | None) -> _Domain:
+        streams = {stream: source_of(recipe.streams[stream]) for stream in recipe.streams_of(name)}
+        return cls(name, space, task_of(space), eval_views(recipe, name, views), streams)
+
+    def read(self, video: Path, sides: Mapping[str, Path]) -> _Clip:
+        """One video. sides: of whatever streams. Raises VideoError where it does not decode."""
+        frames = load_views(video, self.views, key=video.stem).frames
+        own = _sides_of(video, sides, self.streams)
+        return _Clip(video, self, frames, streams_of_video(video, self.streams, sides=own))
+
+
+@dataclass(frozen=True)
+class _Clip:
+    """A video that was read. frames: its views [V, 3, T, H, W]."""
+
+    video: Path
+    domain: _Domain
+    frames: Tensor
+    streams: dict[str, VideoStream]
+
+    def tokens(self) -> dict[str, Tensor]:
+        return {name: torch.from_numpy(stream.tokens_MD) for name, stream in self.streams.items()}
+
+    def about(self, scores_N: Tensor, topk: int) -> dict[str, Any]:
+        """What `run` says of it."""
+        domain = self.domain
+        tops = _tops(domain.task, domain.space, scores_N, topk)
+        found = {"video": str(self.video), "domain": domain.name, "task": domain.task.name, **tops}
+        about = {n: {"tokens": len(s.tokens_MD), "missing": s.missing} for n, s in self.streams.items()}
+        return found | ({"streams": about} if about else {})
+
+
+def _groups(videos: Iterable[tuple[Path, _Domain]], sides: Mapping[str, Path], batch: int) -> Iterator[list[_Clip]]:
+    """The videos read, in groups of `batch` views or more, but for the last; each is there until the next.
+
+    Raises MdlError for a video that cannot be decoded, after the group of what came before it.
+    """
+    group: list[_Clip] = []
+    for video, domain in videos:
         try:
-            loaded = load_views(video, specs[domain], key=video.stem)
-            own = {name: path for name, path in (sides or {}).items() if name in infos[domain]}
-            streams = streams_of_video(video, infos[domain], sides=_sides_of(video, own, infos[domain]))
+            group.append(domain.read(video, sides))
         except VideoError as error:
-            yield from scored()
+            yield group
             raise MdlError(f"the video cannot be used: {error.reason}", video, "give another file") from None
-        waiting.append((video, domain, loaded.frames, streams))
-        if sum(len(frames) for _, _, frames, _ in waiting) >= batch:
-            yield from scored()
-    yield from scored()
+        if sum(len(clip.frames) for clip in group) >= batch:
+            yield group
+            group.clear()
+    yield group
 
 
-def _infos(recipe: Recipe, domain: str) -> dict[str, StreamInfo]:
-    """What made the streams of a domain."""
-    return {name: source_of(recipe.streams[name]) for name in recipe.streams_of(domain)}
-
-
-def _check_sides(sides: Mapping[str, Path], infos: Mapping[str, Mapping[str, StreamInfo]]) -> None:
-    known = {name: None for own in infos.values() for name in own}
+def _check_sides(sides: Mapping[str, Path], domains: Iterable[_Domain]) -> None:
+    known = {name: None for domain in domains for name in domain.streams}
     for name in sides:
         if name not in known:
             fix = did_you_mean(name, known) if known else "leave it out"
@@ -103,9 +141,11 @@ def _check_sides(sides: Mapping[str, Path], infos: Mapping[str, Mapping[str, Str
 
 
 def _sides_of(video: Path, sides: Mapping[str, Path], infos: Mapping[str, StreamInfo]) -> dict[str, Path]:
-    """The side files of one video; of a folder the file of its name, if there is one."""
+    """The side files of one video's streams; of a folder the file of its name, if there is one."""
     found: dict[str, Path] = {}
     for name, path in sides.items():
+        if name not in infos:
+            continue
         kind = "features" if infos[name].extractor == FILES else infos[name].kind
         own = path if path.is_file() else Sides(path, kind, video.parent, f"--side {name}").of(video)
         if own is not None:
