@@ -80,20 +80,9 @@ def evaluate(
 
     from mdltool.stages import evaluate as stage
 
-    said = [f"without-{word}" for word in without or ()] + [weights] * (weights != "last")
-    name = "-".join([chosen.name, views or "views", split, *said, *["decathlon"] * decathlon])
-    artifact = stage.run(
-        chosen,
-        shards,
-        out or place / "eval" / name,
-        views=views,
-        weights=weights,
-        precision=precision,
-        decathlon=contest,
-        without=tuple(without or ()),
-        work=place,
-        workers=usable_workers(workers),
-    )
+    scoring = stage.Scoring(views, weights, precision, contest, tuple(without or ()))
+    target = out or place / "eval" / stage.default_name(chosen.name, split, scoring)
+    artifact = stage.run(chosen, shards, target, scoring, work=place, workers=usable_workers(workers))
     if int(os.environ.get("RANK", "0")) == 0:
         _table(artifact.load_json("metrics.json"))
         console.emit(artifact, as_json)

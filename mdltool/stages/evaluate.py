@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,67 +32,113 @@ from mdltool.tasks import task_of
 from mdltool.train.distributed import gather_objects, join_world
 from mdltool.train.together import make_together
 
+Indices = dict[str, tuple[Artifact, ShardIndex]]
+"""Domain -> its shards, and what they hold."""
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How clips are scored.
+
+    views: TxS, default the recipe's. precision: fp32, bf16 or fp16, default the recipe's. decathlon: what the score
+    over domains is taken against; None: no such score. without: streams, or kinds of them, that no clip is given.
+    """
+
+    views: str | None = None
+    weights: str = "last"
+    precision: str | None = None
+    decathlon: Decathlon | None = None
+    without: tuple[str, ...] = ()
+
+
+def default_name(model: str, split: str, scoring: Scoring) -> str:
+    """The artifact's name in the work directory. model: its name."""
+    said = [f"without-{word}" for word in scoring.without]
+    said += [scoring.weights] * (scoring.weights != "last") + ["decathlon"] * (scoring.decathlon is not None)
+    return "-".join([model, scoring.views or "views", split, *said])
+
 
 def run(
     model_artifact: Artifact,
     shards: Iterable[Artifact],
     out: Path,
+    scoring: Scoring = Scoring(),
     *,
-    views: str | None = None,
-    weights: str = "last",
-    precision: str | None = None,
-    decathlon: Decathlon | None = None,
-    without: Collection[str] = (),
     work: Path | None = None,
     workers: int = 1,
 ) -> Artifact:
-    """Score every clip once over all processes; rank 0 writes the artifact and every rank returns it.
-
-    views: TxS, default the recipe's. precision: fp32, bf16 or fp16, default the recipe's. decathlon: what the score
-    over domains is taken against; None: no such score. without: streams, or kinds of them, that no clip is given.
-    """
+    """Score every clip once over all processes; rank 0 writes the artifact and every rank returns it."""
     content = model_artifact.load_json("model.json")
     recipe = Recipe.model_validate(content["recipe"])
-    grid = views or recipe.views.grid
-    precision = precision or recipe.train.precision
+    grid = scoring.views or recipe.views.grid
     parse_views(grid)  # refuses a malformed grid before any work
     indices = _check_shards(content, list(shards))
-    if decathlon is not None:
-        for domain, (artifact, index) in indices.items():
-            check_task(domain, index.task, artifact.path)
-        decathlon.check(indices, "--decathlon")
-    grids = {domain: grid_of(recipe, domain, views) for domain in indices}
-    _check_without(recipe, indices, without)
-    for _, index in indices.values():
-        check_sources(recipe, index, without)
-    request: dict[str, Any] = {"views": grid, "weights": weights, "precision": precision}
-    if any(own != grid for own in grids.values()):
-        request["grids"] = grids
-    if decathlon is not None:  # an eval without it keeps the request that it always had
-        request["decathlon"] = asdict(decathlon)
-    if without:
-        request["without"] = sorted(without)
+    grids = {domain: grid_of(recipe, domain, scoring.views) for domain in indices}
+    protocol = _Protocol(recipe, scoring, grid, grids, scoring.precision or recipe.train.precision)
+    protocol.check(indices)
+    decathlon = scoring.decathlon
 
     def make(draft: Draft | None) -> None:
         with draft or nullcontext():
-            model = load_model(model_artifact, weights, work).to(_device()).channels_last()
-            found = {
-                d: _score(model, recipe, d, index, grids[d], without, precision, workers)
-                for d, (_, index) in indices.items()
-            }
+            model = load_model(model_artifact, scoring.weights, work).to(_device()).channels_last()
+            found = {d: _score(model, protocol, index, workers) for d, (_, index) in indices.items()}
             if draft is not None:
-                head = {"model_digest": model_artifact.digest, "views": grid, "weights": weights}
-                report = _report(recipe, found, indices, grids, head, precision)
-                _add_streams(report, recipe, indices, without)
+                head = {"model_digest": model_artifact.digest, "views": grid, "weights": scoring.weights}
+                report = _report(protocol, found, indices, head)
                 if decathlon is not None:
                     report["metrics"]["decathlon"] = decathlon.score(accuracies_of(report["metrics"], out))
                 _write(draft, report, found, indices)
 
     inputs = [model_artifact.as_input("model")] + [a.as_input("data") for a, _ in indices.values()]
-    return make_together(out, make, kind="eval", stage="eval", inputs=inputs, request=request)
+    return make_together(out, make, kind="eval", stage="eval", inputs=inputs, request=protocol.request())
 
 
-def _check_shards(content: dict[str, Any], shards: list[Artifact]) -> dict[str, tuple[Artifact, ShardIndex]]:
+@dataclass(frozen=True)
+class _Protocol:
+    """What decides the scores beside model and clips. grids: views by domain; grid: the usual ones."""
+
+    recipe: Recipe
+    scoring: Scoring
+    grid: str
+    grids: dict[str, str]
+    precision: str
+
+    def check(self, indices: Indices) -> None:
+        """Raise MdlError for domains that the decathlon has not, for a modality that none of the domains has, which
+        could not be missing, and for tokens that the model has not learned to read.
+        """
+        decathlon, without = self.scoring.decathlon, self.scoring.without
+        if decathlon is not None:
+            for domain, (artifact, index) in indices.items():
+                check_task(domain, index.task, artifact.path)
+            decathlon.check(indices, "--decathlon")
+        streams = self.recipe.streams
+        have = {name: streams[name].kind for domain in indices for name in self.recipe.streams_of(domain)}
+        for word in without:
+            if word not in have and word not in have.values():
+                named = ", ".join(have) or "no streams"
+                fix = did_you_mean(word, {*have, *have.values()}) if have else "leave it out"
+                raise MdlError(f"the model reads no '{word}' (it reads {named})", "--without", fix)
+        for _, index in indices.values():
+            check_sources(self.recipe, index, without)
+
+    def request(self) -> dict[str, Any]:
+        scoring = self.scoring
+        request: dict[str, Any] = {"views": self.grid, "weights": scoring.weights, "precision": self.precision}
+        if any(own != self.grid for own in self.grids.values()):
+            request["grids"] = self.grids
+        if scoring.decathlon is not None:  # an eval without it keeps the request that it always had
+            request["decathlon"] = asdict(scoring.decathlon)
+        if scoring.without:
+            request["without"] = sorted(scoring.without)
+        return request
+
+    def modalities(self, domain: str) -> dict[str, int]:
+        """The streams that a domain's clips are given, and their widths."""
+        return modalities(self.recipe, domain, self.scoring.without)
+
+
+def _check_shards(content: dict[str, Any], shards: list[Artifact]) -> Indices:
     found = {}
     for artifact in shards:
         index = ShardIndex.open(artifact)
@@ -105,49 +151,17 @@ def _check_shards(content: dict[str, Any], shards: list[Artifact]) -> dict[str, 
     return {d: found[d] for d in content["domains"] if d in found}
 
 
-def _check_without(recipe: Recipe, domains: Iterable[str], without: Collection[str]) -> None:
-    """Raise MdlError for a modality that none of the domains has, which could not be missing."""
-    have = {name: recipe.streams[name].kind for domain in domains for name in recipe.streams_of(domain)}
-    for word in without:
-        if word not in have and word not in have.values():
-            named = ", ".join(have) or "no streams"
-            fix = did_you_mean(word, {*have, *have.values()}) if have else "leave it out"
-            raise MdlError(f"the model reads no '{word}' (it reads {named})", "--without", fix)
-
-
-def _add_streams(
-    report: dict[str, Any],
-    recipe: Recipe,
-    indices: dict[str, tuple[Artifact, ShardIndex]],
-    without: Collection[str],
-) -> None:
-    """Of a model with streams: which of them were read, and how many clips have each."""
-    if recipe.streams:
-        for domain, entry in report["metrics"]["domains"].items():
-            there = indices[domain][1].streams
-            read = modalities(recipe, domain, without)
-            entry["streams"] = {name: there[name].clips if name in there else 0 for name in read}
-
-
-def _score(
-    model: MultiDomainModel,
-    recipe: Recipe,
-    domain: str,
-    index: ShardIndex,
-    grid: str,
-    without: Collection[str],
-    precision: str,
-    workers: int,
-) -> DomainScores | None:
+def _score(model: MultiDomainModel, protocol: _Protocol, index: ShardIndex, workers: int) -> DomainScores | None:
     """One domain's scores over all processes, on rank 0; None elsewhere."""
     world = join_world()
+    recipe, domain = protocol.recipe, index.domain
     loader = ViewLoader(
         index,
-        eval_views(recipe, domain, grid),
+        eval_views(recipe, domain, protocol.grids[domain]),
         workers=workers,
         rank=world.rank,
         world=world.size,
-        modalities=modalities(recipe, domain, without),
+        modalities=protocol.modalities(domain),
     )
     task = task_of(index.space)
     mine = len(range(world.rank, len(index), world.size))
@@ -159,7 +173,7 @@ def _score(
             task,
             average=recipe.views.average,
             device=_device(),
-            autocast=lambda: _autocast(precision),
+            autocast=lambda: _autocast(protocol.precision),
             advance=advance,
         )
     parts = gather_objects(own, world)
@@ -167,15 +181,14 @@ def _score(
 
 
 def _report(
-    recipe: Recipe,
-    found: dict[str, DomainScores | None],
-    indices: dict[str, tuple[Artifact, ShardIndex]],
-    grids: dict[str, str],
-    head: dict[str, Any],
-    precision: str,
+    protocol: _Protocol, found: dict[str, DomainScores | None], indices: Indices, head: dict[str, Any]
 ) -> dict[str, Any]:
-    """The contents of metrics.json and confusion.json, which has the domains of tasks with a confusion."""
+    """The contents of metrics.json and confusion.json, which has the domains of tasks with a confusion.
+
+    Of a model with streams also which of them were read, and how many clips have each.
+    """
     domains, confusion = {}, {}
+    recipe, grids = protocol.recipe, protocol.grids
     for domain, scores in found.items():
         assert scores is not None
         artifact, index = indices[domain]
@@ -183,9 +196,12 @@ def _report(
         entry |= {
             "split": index.split,
             "split_digest": artifact.digest,
-            "precision": precision,
+            "precision": protocol.precision,
             "views": grids[domain],
         }
+        if recipe.streams:
+            there = index.streams
+            entry["streams"] = {n: there[n].clips if n in there else 0 for n in protocol.modalities(domain)}
         domains[domain] = entry
         if matrix is not None:
             confusion[domain] = {"classes": index.space.row_names, "matrix": matrix}
@@ -206,7 +222,7 @@ def _write(
     draft: Draft,
     report: dict[str, Any],
     found: dict[str, DomainScores | None],
-    indices: dict[str, tuple[Artifact, ShardIndex]],
+    indices: Indices,
 ) -> None:
     write_text(draft.path / "metrics.json", json.dumps(report["metrics"], indent=1))
     write_text(draft.path / "confusion.json", json.dumps(report["confusion"]))
