@@ -188,52 +188,54 @@ class MultiDomainModel(nn.Module):
     ) -> None:
         """Set requires_grad and the BatchNorm mode of every part (spec omi_mdl 2.7).
 
-        frozen: adapters, heads and shared norms train. joint: everything. heads: heads only. adapters: adapters
-        and shared norms. full: backbone and heads. bn: the recipe's choice; None takes the regime's default,
-        `shared` where the backbone trains and `frozen` elsewhere. `shared` with a frozen backbone is the naive
-        freeze, whose statistics keep moving. only: of what the regime trains, the tensors of these names, and those
-        below names that end in /; all others stay as they are. shared_factors: of a compressed model, train the
-        factors that domains share with the adapters (spec residual_adapters 2.6: they are frozen). adapters: types;
-        these train in every regime and no others do, while None leaves it to the regime. Streams that nothing
-        trains for and nothing uses yet are passed over.
+        regime: of REGIMES. bn: the recipe's choice; None takes the regime's default, `shared` where the backbone
+        trains and `frozen` elsewhere. `shared` with a frozen backbone is the naive freeze, whose statistics keep
+        moving. only: of what the regime trains, the tensors of these names, and those below names that end in /;
+        all others stay as they are. shared_factors: of a compressed model, train the factors that domains share
+        with the adapters (spec residual_adapters 2.6: they are frozen). adapters: types; these train in every
+        regime and no others do, while None leaves it to the regime. Streams that nothing trains for and nothing
+        uses yet are passed over.
         """
         if regime not in REGIMES:
             raise MdlError(f"there is no regime '{regime}'", "train.steps.regime", did_you_mean(regime, REGIMES))
-        trains_backbone = regime in ("joint", "full")
-        trains_adapters = regime in ("joint", "frozen", "adapters")
-        bn = bn or ("shared" if trains_backbone else "frozen")
+        trains = REGIMES[regime]
+        bn = bn or ("shared" if trains.backbone else "frozen")
         for parameter in self.backbone.parameters():
-            parameter.requires_grad_(trains_backbone)
-        trained = {n: trains_adapters if adapters is None else kind in adapters for n, kind in self.types.items()}
+            parameter.requires_grad_(trains.backbone)
+        trained = {n: trains.adapters if adapters is None else kind in adapters for n, kind in self.types.items()}
         for name, wrapper in self.sites.items():
-            for module in (wrapper.adapters, wrapper.shared, wrapper.common):
-                if module is not None:
-                    module.requires_grad_(trained[name])
-            wrapper.factors.requires_grad_(trained[name] and shared_factors)
+            wrapper.set_trainable(trained[name], shared_factors)
         reads = any(trained[name] for name, wrapper in self.sites.items() if wrapper.reads_streams)
         self.embedders.requires_grad_(reads)
         self.embedders.idle = not reads and all(w.is_zero for w in self.sites.values() if w.reads_streams)
         for norm in self.norms.values():
-            norm.statistics.requires_grad_(trains_backbone or trains_adapters)
+            norm.statistics.requires_grad_(trains.backbone or trains.adapters)
             norm.use_shared = bn == "recalibrate"
             if self.spec.bn == "per_domain":
                 norm.inner.requires_grad_(False)  # each domain has its own; the library's copy idles
-        self.heads.requires_grad_(regime != "adapters")
+        self.heads.requires_grad_(trains.heads)
         if only is not None:
-            below = tuple(name for name in only if name.endswith("/"))
-            for key, tensor in self.tensors().items():
-                if isinstance(tensor, nn.Parameter) and key not in only and not key.startswith(below):
-                    tensor.requires_grad_(False)
-        norms = self.backbone_norms()
-        self._eval_modules = list(norms) if bn == "frozen" else []
-        if not trains_backbone:  # no dropout and no stochastic depth in what is frozen; its wrappers train
-            own = {id(norm) for norm in norms}
-            self._eval_modules += [m for _, m in library_modules(self.backbone.net) if id(m) not in own]
+            self._train_no_others(only)
+        self._eval_modules = self.backbone_norms() if bn == "frozen" else []
+        self._eval_modules += self._frozen_modules(trains.backbone, trained, reads)
+
+    def _train_no_others(self, names: tuple[str, ...]) -> None:
+        """Freeze what has none of these names of `tensors`, and is not below one that ends in /."""
+        below = tuple(name for name in names if name.endswith("/"))
+        for key, tensor in self.tensors().items():
+            if isinstance(tensor, nn.Parameter) and key not in names and not key.startswith(below):
+                tensor.requires_grad_(False)
+
+    def _frozen_modules(self, backbone: bool, sites: Mapping[str, bool], streams: bool) -> Iterator[nn.Module]:
+        """Where dropout and stochastic depth rest, by which parts train; none of the backbone's BatchNorms."""
+        if not backbone:  # the library's own modules: its wrappers train
+            norms = {id(norm) for norm in self.backbone_norms()}
+            yield from (m for _, m in library_modules(self.backbone.net) if id(m) not in norms)
         for name, wrapper in self.sites.items():
-            if not trained[name]:
-                self._eval_modules += wrapper.adapters.modules()
-        if not reads:
-            self._eval_modules += self.embedders.modules()
+            if not sites[name]:
+                yield from wrapper.adapters.modules()
+        if not streams:
+            yield from self.embedders.modules()
 
     def backbone_parameters(self) -> list[nn.Parameter]:
         """The parameters of the library's network itself."""
@@ -264,10 +266,9 @@ class MultiDomainModel(nn.Module):
         """What domains share beside the backbone, under the names of `tensors`."""
         named: dict[str, Tensor] = {}
         for site, wrapper in self.sites.items():
-            if wrapper.shared is not None:
-                named |= {f"shared/{site}/{key}": value for key, value in _state(wrapper.shared)}
-            if wrapper.common is not None:
-                named |= {f"shared/{site}/{key}": value for key, value in _state(wrapper.common)}
+            for part in (wrapper.shared, wrapper.common):
+                if part is not None:
+                    named |= {f"shared/{site}/{key}": value for key, value in _state(part)}
             factors = wrapper.shared_factors()
             named |= {f"shared/{site}/factors.{parameter}": value for parameter, value in factors.items()}
         return named | self.embedders.shared_tensors()

@@ -21,9 +21,26 @@ from mdltool.types import Place, Site, StreamSpec
 from mdltool.wrapping import find
 from mdltool.wrapping import replace as put
 
-REGIMES = ("frozen", "joint", "heads", "full", "adapters")
 _EVERYWHERE = ("kind", "width", "input")
 _SHARED = ("late", "layers", "embedder", "embedder_options")
+
+
+@dataclass(frozen=True)
+class Regime:
+    """What trains; shared norms do where the backbone or the adapters do (spec omi_mdl 2.7)."""
+
+    backbone: bool = False
+    adapters: bool = False
+    heads: bool = False
+
+
+REGIMES = {
+    "frozen": Regime(adapters=True, heads=True),
+    "joint": Regime(backbone=True, adapters=True, heads=True),
+    "heads": Regime(heads=True),
+    "full": Regime(backbone=True, heads=True),
+    "adapters": Regime(adapters=True),
+}
 
 
 @dataclass(frozen=True)

@@ -199,6 +199,13 @@ class AdaptedSite(DomainWrapper):
         """Parameter name -> the factor that domains share."""
         return {name: module.weight for name in self._factored if (module := self._shared_factor(name)) is not None}
 
+    def set_trainable(self, trains: bool, factors: bool) -> None:
+        """Whether what the site has beside its own module trains; of it the shared factors only if `factors`."""
+        for module in (self.adapters, self.shared, self.common):
+            if module is not None:
+                module.requires_grad_(trains)
+        self.factors.requires_grad_(trains and factors)
+
     def forward(self, x: Tensor, *rest: Tensor | None) -> Tensor:
         """rest: what an adapter outside this one gives to the site's own module."""
         if self.muted:
