@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +15,7 @@ from mdltool.types import DOMAIN_NAMES, names_domain
 
 if TYPE_CHECKING:
     from mdltool.artifact import Artifact
+    from mdltool.data.encode import Encoding
     from mdltool.data.modalities.asked import Asked
     from mdltool.stages.shard import Dataset, Writing
 
@@ -152,63 +152,72 @@ def shard(
     """
     from mdltool import console
     from mdltool.artifact import work_dir
+    from mdltool.stages import shard as stage
 
-    place, allowed = work_dir(work), _fraction(max_bad)
+    place, allowed, count = work_dir(work), _fraction(max_bad), workers or len(os.sched_getaffinity(0))
     if merge:
         console.emit(_merge(source, out, place, allowed), as_json)
         return
-    folder = _required(source, {"--format": format, "--domain": domain, "--split": split})
-    _known("--encode", encode, _ENCODINGS)
-    _known("--verify", verify, _CHECKS)
-
-    from mdltool.data.encode import Encoding
-    from mdltool.stages import shard as stage
-
-    dataset = stage.Dataset(folder, format, domain, split, annotations, fold, classes)
-    share = _part(part) if part else None
-    encoding, size = Encoding(encode, short_side, gop), _bytes(shard_size)
-    streams = _streams(recipe, domain, modality or (), side or (), features or (), set_ or ())
-    writing = stage.Writing(encoding, size, verify == "decode", share, exclude, streams)
+    dataset = _dataset(source, format, domain, split, annotations, fold, classes)
+    encoding, full, share = _encoding(encode, short_side, gop), _is_full(verify), _part(part)
+    streams = _streams(recipe, domain, modality, side, features, set_)
+    writing = stage.Writing(encoding, _bytes(shard_size), full, share, exclude, streams)
     if dry_run:
         _show_outlook(dataset, writing, as_json)
         return
-    effort = stage.Effort(workers or len(os.sched_getaffinity(0)), max_bad=allowed)
     target = out or place / "shards" / stage.default_name(dataset, share)
-    console.emit(stage.run(dataset, target, writing, effort), as_json)
+    console.emit(stage.run(dataset, target, writing, stage.Effort(count, max_bad=allowed)), as_json)
 
 
-def _required(source: list[Path] | None, names: dict[str, str]) -> Path:
-    """The one source. Raises a fault of usage for what is not given, MdlError for names that paths cannot hold."""
+def _dataset(
+    source: list[Path] | None,
+    format: str,
+    domain: str,
+    split: str,
+    annotations: Path | None,
+    fold: int,
+    classes: Path | None,
+) -> Dataset:
+    """Of one source. Raises a fault of usage for what is not given, MdlError for names that paths cannot hold."""
+    from mdltool.stages.shard import Dataset
+
+    names = {"--format": format, "--domain": domain, "--split": split}
     absent = [name for name, value in names.items() if not value]
     if source is None or len(source) != 1 or absent:
         what = f"not given: {', '.join(absent)}" if absent else "give one SOURCE folder"
         raise typer.BadParameter(f"{what} (mdltool shard SOURCE --format F --domain D --split S)")
-    domain, split = names["--domain"], names["--split"]
     if not names_domain(domain):
         raise MdlError(f"'{domain}' cannot be a domain's name", "--domain", DOMAIN_NAMES)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", split):
         raise MdlError(f"'{split}' cannot be a name", "--split", "use letters, digits, '_' and '-'")
-    return source[0]
+    return Dataset(source[0], format, domain, split, annotations, fold, classes)
 
 
-def _streams(
-    recipe: str | None,
-    domain: str,
-    modalities: Sequence[str],
-    sides: Sequence[str],
-    features: Sequence[str],
-    settings: Sequence[str],
-) -> tuple[Asked, ...]:
+def _encoding(name: str, short_side: int, gop: int) -> Encoding:
+    from mdltool.data.encode import Encoding
+
+    _known("--encode", name, _ENCODINGS)
+    return Encoding(name, short_side, gop)
+
+
+def _is_full(check: str) -> bool:
+    _known("--verify", check, _CHECKS)
+    return check == "decode"
+
+
+def _streams(recipe: str | None, domain: str, *words: list[str] | None) -> tuple[Asked, ...]:
+    """words: those of --modality, --side, --features and --set."""
     from mdltool import console
     from mdltool.data.modalities.asked import asked
 
+    given = [word or () for word in words]
     if recipe is None:
-        return asked(modalities, sides, features, settings)
+        return asked(*given)
     from mdltool.recipe import load
     from mdltool.stages.sources import asked_for
 
     found = load(recipe)
-    streams = asked_for(found, domain, modalities, sides, features, settings)
+    streams = asked_for(found, domain, *given)
     whose = "" if domain in found.domains else f" (it has no domain '{domain}': of all of its streams)"
     console.say(f"streams of {found.name}: {', '.join(entry.name for entry in streams)}{whose}")
     return streams
@@ -260,7 +269,10 @@ def _fraction(text: str) -> float:
     return value
 
 
-def _part(text: str) -> tuple[int, int]:
+def _part(text: str) -> tuple[int, int] | None:
+    """(i, n); None where nothing is given."""
+    if not text:
+        return None
     match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
     if match is None or int(match[1]) >= int(match[2]):
         raise MdlError(f"'{text}' is no part", "--part", "write i/n with i from 0 to n-1, e.g. 0/4")
