@@ -299,9 +299,7 @@ def _reuse(out: Path, header: dict[str, Any], completed: Completed) -> Artifact:
     if not (out / _MANIFEST).is_file():
         raise MdlError("this path holds something else", out, "give another --out, or move it away")
     found = open_artifact(out)
-    same_inputs = [(i.role, i.kind, i.digest) for i in found.inputs] == [
-        (i["role"], i["kind"], i["digest"]) for i in header["inputs"]
-    ]
+    same_inputs = _made_from(asdict(entry) for entry in found.inputs) == _made_from(header["inputs"])
     if found.kind == header["kind"] and found.stage == header["stage"] and same_inputs:
         differs = differences(completed(found.request), completed(header["request"]))
         if not differs:
@@ -315,6 +313,11 @@ def _reuse(out: Path, header: dict[str, Any], completed: Completed) -> Artifact:
     raise MdlError(f"another artifact is already there{detail}", out, "give another --out, or remove it")
 
 
+def _made_from(inputs: Iterable[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+    """What tells the inputs of one run from another's; their order means nothing."""
+    return sorted((entry["role"], entry["kind"], entry["digest"]) for entry in inputs)
+
+
 def _may_resume(partial: Path, header: dict[str, Any], resume: str, completed: Completed) -> bool:
     try:
         old = json.loads((partial / _PARTIAL).read_text())
@@ -324,8 +327,7 @@ def _may_resume(partial: Path, header: dict[str, Any], resume: str, completed: C
         return False
 
     def content(h: dict[str, Any]) -> Any:
-        inputs = [(i["role"], i["kind"], i["digest"]) for i in h.get("inputs", [])]
-        return h.get("stage"), h.get("kind"), inputs
+        return h.get("stage"), h.get("kind"), _made_from(h.get("inputs", []))
 
     differing = differences(completed(old.get("request", {})), completed(header["request"]))
     if differing or content(old) != content(header):

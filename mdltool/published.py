@@ -128,13 +128,13 @@ def with_printed(content: dict[str, Any]) -> dict[str, Any]:
 
     What the recipe states itself stays; a content that is not a recipe's is left to validation.
     """
-    own = content.get("published")
-    paper = own.get("paper") if isinstance(own, dict) else None
-    if not isinstance(own, dict) or paper not in papers():
+    own, domains = content.get("published"), content.get("domains")
+    if not isinstance(own, dict) or not isinstance(domains, dict):
         return content
-    domains = content.get("domains")
-    names = [*(domains if isinstance(domains, dict) else ()), *(own.get("others") or ())]
-    found = printed(str(content.get("name")), str(paper), names, own.get("omit") or ())
+    paper, others, omit = own.get("paper"), own.get("others", []), own.get("omit", [])
+    if not isinstance(paper, str) or paper not in papers() or not all(isinstance(v, list) for v in (others, omit)):
+        return content
+    found = printed(str(content.get("name")), paper, [*domains, *others], omit)
     for key, value in own.items():
         found[key] = (
             {**found[key], **value} if isinstance(found.get(key), dict) and isinstance(value, dict) else value

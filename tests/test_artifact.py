@@ -82,6 +82,19 @@ def test_an_identical_request_is_answered_with_what_is_there(
     assert f"already there and identical: {tmp_path / 'm'}" in capsys.readouterr().err
 
 
+def test_the_order_of_inputs_tells_no_runs_apart(tmp_path: Path) -> None:
+    inputs = [make(tmp_path / name, content=name).as_input("train") for name in ("a", "b")]
+    first = start(tmp_path / "m", resume="auto", inputs=inputs)
+    assert isinstance(first, Draft)
+    first.abandon(keep=True)
+    again = start(tmp_path / "m", resume="must", inputs=inputs[::-1])
+    assert isinstance(again, Draft)
+    again.commit({})
+    assert isinstance(start(tmp_path / "m", inputs=inputs[::-1]), Artifact)
+    with pytest.raises(MdlError, match="other inputs"):
+        start(tmp_path / "m", inputs=inputs[:1])
+
+
 def test_another_request_is_refused_and_the_difference_named(tmp_path: Path) -> None:
     make(tmp_path / "m", request={"train": {"seed": 1}})
     with pytest.raises(MdlError, match=r"different: train\.seed"):

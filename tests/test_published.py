@@ -134,7 +134,17 @@ def test_recipes_have_the_cells_of_their_printed_rows_and_state_none_themselves(
 def test_a_recipe_without_a_row_states_its_own_figures_and_what_is_no_recipe_passes() -> None:
     released = published("multitrain_release")
     assert load("multitrain_release").published.top1 == released["top1"]
-    for content in ({}, {"published": None}, {"published": {"paper": "none"}}, {"published": {"paper": "cm3t"}}):
+    mst = {"name": "mst_k400_b16_8", "domains": {"k400": {}}}
+    for content in (
+        {},
+        {"published": None},
+        {"published": {"paper": "none"}},
+        {"published": {"paper": "cm3t"}},
+        {**mst, "published": {"paper": ["mst_adapter"]}},
+        {**mst, "published": {"paper": "mst_adapter", "others": 5}},
+        {**mst, "published": {"paper": "mst_adapter", "omit": 5}},
+        {**mst, "domains": 5, "published": {"paper": "mst_adapter"}},
+    ):
         assert with_printed(content) == content
     changed = load("mst_k400_b16_8", ["published.gflops=1", "domains.k400.classes=3"]).published
     assert (changed.gflops, changed.top1) == (1, {"k400": 82.7}), "overrides come after"

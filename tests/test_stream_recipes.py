@@ -111,6 +111,14 @@ def test_requests_from_before_a_key_are_the_same_request(tmp_path: Path, wrap: A
         begin(tmp_path / "m", request=other, completed=completed, **args)
 
 
+def test_what_papers_print_is_no_part_of_a_request() -> None:
+    now = load("mst_k400_b16_8").model_dump(mode="json")
+    old = {**now, "published": {**now["published"], "notes": "other words", "top1": {"k400": 1.0}}}
+    assert completed(now) == completed(old)
+    assert completed({"recipe": now}) == completed({"recipe": old})
+    assert completed(now) != completed({**now, "about": "another"})
+
+
 def test_what_is_no_recipe_of_this_version_is_compared_as_it_stands() -> None:
     assert completed({"recipe": {"name": 1}, "start_from": None}) == {"recipe": {"name": 1}, "start_from": None}
     assert set(completed({"domain": "a"})) == {"domain"}

@@ -35,7 +35,7 @@ def add_domain(
     """
     from mdltool import console
     from mdltool.artifact import work_dir
-    from mdltool.cli.inputs import resolve, shards_for, usable_workers
+    from mdltool.cli.inputs import resolve, shards_for, workers_or_default
 
     domains = {entry.partition("=")[0] for entry in data or ()}
     if len(domains) != 1:
@@ -48,7 +48,7 @@ def add_domain(
     from mdltool.stages import add_domain as stage
 
     target = out or place / "model" / f"{source.path.resolve().name}+{domain}"
-    count = usable_workers(workers)
+    count = workers_or_default(workers)
     artifact = stage.run(
         source,
         domain,

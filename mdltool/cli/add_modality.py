@@ -54,7 +54,7 @@ def add_modality(
     """
     from mdltool import console
     from mdltool.artifact import work_dir
-    from mdltool.cli.inputs import resolve, shards_for, usable_workers
+    from mdltool.cli.inputs import resolve, shards_for, workers_or_default
     from mdltool.recipe import load
     from mdltool.stages.modalities import Wanted
 
@@ -81,7 +81,7 @@ def add_modality(
         work=place,
         start=_start(init_from),
         resume=resume,
-        workers=usable_workers(workers),
+        workers=workers_or_default(workers),
     )
     console.emit(artifact, as_json)
 

@@ -230,7 +230,7 @@ def pretrain(
     """
     from mdltool import console
     from mdltool.artifact import work_dir
-    from mdltool.cli.inputs import piped_shards, shards_for, usable_workers
+    from mdltool.cli.inputs import piped_shards, shards_for, workers_or_default
     from mdltool.recipe import rename_domain
 
     loaded = _with_adapters(recipe, overrides or [], adapters)
@@ -246,7 +246,7 @@ def pretrain(
 
     suffix = ("-series" if loaded.adapters else "") + (f"-{classes}classes" if classes is not None else "")
     target = out or place / "backbone" / f"{loaded.backbone.name}-{domain}{suffix}"
-    count = usable_workers(workers)
+    count = workers_or_default(workers)
     artifact = stage.pretrain(loaded, shards, target, classes=classes, resume=resume, workers=count)
     console.emit(artifact, as_json)
 

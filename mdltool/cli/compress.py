@@ -152,16 +152,16 @@ def compress(
 
     from mdltool import console
     from mdltool.artifact import work_dir
-    from mdltool.cli.inputs import resolve, usable_workers
+    from mdltool.cli.inputs import resolve, workers_or_default
 
-    place, count = work_dir(work), usable_workers(workers)
+    place, count = work_dir(work), workers_or_default(workers)
     source = resolve(model, "model", place)
     training = _Training(data, tuple(overrides or ()), finetune, resume, count, place)
     if extend is not None:
         _refuse_settled(whiten, "--whiten")
         console.emit(_extended(source, extend, grow, training, out), as_json)
         return
-    ranks = (sweep_ranks or "") if sweeps else None
+    ranks = _sweep_ranks(sweep_ranks) if sweeps else None
     artifact = _compressed(source, kept, training, ranks, batches or 8 if whiten else None, out)
     if int(os.environ.get("RANK", "0")) == 0:
         show(artifact)
@@ -201,17 +201,21 @@ class _Training:
 
 
 def _compressed(
-    source: Artifact, kept: _Kept, training: _Training, sweep: str | None, whiten: int | None, out: Path | None
+    source: Artifact,
+    kept: _Kept,
+    training: _Training,
+    sweep: tuple[float, ...] | None,
+    whiten: int | None,
+    out: Path | None,
 ) -> Artifact:
-    """sweep: ranks to score first, "" for the usual ones. whiten: batches of each domain."""
+    """sweep: ranks to score first. whiten: batches of each domain."""
     from mdltool.stages import compress as stage
     from mdltool.stages.compression import parse_svd
-    from mdltool.stages.sweeping import RANKS, Sweep, parse_ranks
+    from mdltool.stages.sweeping import Sweep
     from mdltool.stages.whitening import Whiten
 
     svd, rest = parse_svd(training.overrides)
     training.check(rest, svd.train_shared, sweep is not None or whiten is not None)
-    ranks = parse_ranks(sweep) if sweep else RANKS
     tunes = training.updates is not None
     splits = ("train",) * (tunes or whiten is not None) + ("val",) * (tunes or sweep is not None)
     shards = training.shards(list(source.load_json("model.json")["domains"]), splits)
@@ -224,9 +228,15 @@ def _compressed(
         work=training.work,
         svd=svd,
         finetune=training.finetune(shards, rest),
-        sweep=Sweep(shards, ranks, training.workers) if sweep is not None else None,
+        sweep=Sweep(shards, sweep, training.workers) if sweep is not None else None,
         whiten=Whiten(calibration, whiten, training.workers) if whiten is not None else None,
     )
+
+
+def _sweep_ranks(text: str | None) -> tuple[float, ...]:
+    from mdltool.stages.sweeping import RANKS, parse_ranks
+
+    return RANKS if text is None else parse_ranks(text)
 
 
 def _extended(source: Artifact, text: str, grow: int, training: _Training, out: Path | None) -> Artifact:

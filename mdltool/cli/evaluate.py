@@ -62,7 +62,7 @@ def evaluate(
 
     from mdltool import console
     from mdltool.artifact import work_dir
-    from mdltool.cli.inputs import resolve, shards_for, usable_workers
+    from mdltool.cli.inputs import resolve, shards_for, workers_or_default
 
     contest = _decathlon(decathlon, baseline, added, scores)
     if contest is not None and scores is not None:
@@ -82,7 +82,7 @@ def evaluate(
 
     scoring = stage.Scoring(views, weights, precision, contest, tuple(without or ()))
     target = out or place / "eval" / stage.default_name(chosen.name, split, scoring)
-    artifact = stage.run(chosen, shards, target, scoring, work=place, workers=usable_workers(workers))
+    artifact = stage.run(chosen, shards, target, scoring, work=place, workers=workers_or_default(workers))
     if int(os.environ.get("RANK", "0")) == 0:
         _table(artifact.load_json("metrics.json"))
         console.emit(artifact, as_json)

@@ -106,7 +106,7 @@ def _held_out(named: set[tuple[str, str]], domain: str, split: str) -> bool:
     return split != "train" and any(d == domain and s != "train" for d, s in named)
 
 
-def usable_workers(given: int | None) -> int:
+def workers_or_default(given: int | None) -> int:
     """Loader processes: as many as were asked for, else one a core, up to 8."""
     return min(8, os.cpu_count() or 1) if given is None else given
 

@@ -58,7 +58,8 @@ def predict(
     from mdltool.cli.inputs import resolve
 
     place, first = work_dir(work), paths[0]
-    given = first if first.is_dir() or first.name.endswith(".partial") or partial_path(first).exists() else None
+    unfinished = first.name.endswith(".partial") or (not first.exists() and partial_path(first).exists())
+    given = first if first.is_dir() or unfinished else None
     if given is None and not first.exists():
         raise MdlError("there is no such model, video or image", first, "check the path")
     videos = paths[1:] if given else paths

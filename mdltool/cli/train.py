@@ -38,7 +38,7 @@ def train(
     """Train a recipe's model: shards + backbone -> model."""
     from mdltool import console
     from mdltool.artifact import open_artifact, work_dir
-    from mdltool.cli.inputs import piped_paths, shards_for, usable_workers
+    from mdltool.cli.inputs import piped_paths, shards_for, workers_or_default
     from mdltool.recipe import load, rename_domain
 
     loaded = load(recipe, overrides or ())
@@ -61,7 +61,7 @@ def train(
     from mdltool.stages import train as stage
 
     target = out or place / "model" / loaded.name
-    count = usable_workers(workers)
+    count = workers_or_default(workers)
     artifact = stage.run(loaded, _one_held_out(shards), chosen, target, work=place, resume=resume, workers=count)
     if not resume and artifact.summary.get("seconds") is not None:
         console.say(f"{artifact.summary['updates']} updates, {artifact.summary['seconds']:.0f} s of training")

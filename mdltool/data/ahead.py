@@ -34,7 +34,7 @@ class _Answers(Dataset[Any]):
             return error
 
 
-def loaded(dataset: Dataset[Any], requests: Iterable[Any], workers: int) -> Iterator[Any]:
+def load_ahead(dataset: Dataset[Any], requests: Iterable[Any], workers: int) -> Iterator[Any]:
     """dataset[request] of every request. Raises the MdlError of the first that has one, when its turn comes."""
     loader = DataLoader(
         _Answers(dataset),

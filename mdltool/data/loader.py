@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from mdltool.data.ahead import empty, loaded, usable
+from mdltool.data.ahead import empty, load_ahead, usable
 from mdltool.data.decode import Decoded, decode
 from mdltool.data.image import image_of
 from mdltool.data.index import ShardIndex
@@ -113,7 +113,7 @@ class TrainLoader:
         self.workers = usable(workers, len(updates) * self.per_update, "batches")
 
     def __iter__(self) -> Iterator[Batch]:
-        return loaded(self.batches, self._requests(), self.workers)
+        return load_ahead(self.batches, self._requests(), self.workers)
 
     def _requests(self) -> Iterator[_Request]:
         for batches in self.order.updates(self.updates.start, self.updates.stop):
@@ -158,7 +158,7 @@ class ViewLoader:
         self.workers = usable(workers, len(self.clips), "clips")
 
     def __iter__(self) -> Iterator[ClipViews]:
-        return loaded(self.views, self.clips, self.workers)
+        return load_ahead(self.views, self.clips, self.workers)
 
 
 class _Drawn(NamedTuple):

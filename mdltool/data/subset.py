@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 
+from mdltool import console
 from mdltool.data.index import ShardIndex
 
 
@@ -31,3 +32,13 @@ def subset_of(index: ShardIndex, fraction: float, per_class: int | None, seed: i
 
 def _count(clips: int, fraction: float, per_class: int | None) -> int:
     return max(1, math.floor(fraction * clips + 0.5)) if per_class is None else min(per_class, clips)
+
+
+def warn_short(part: ShardIndex, per_class: int) -> None:
+    """Say which classes have fewer clips than were asked for, the smallest first."""
+    counts = np.bincount(part.labels, minlength=len(part.classes))
+    order = sorted(np.flatnonzero(counts < per_class).tolist(), key=lambda label: (counts[label], label))
+    if order:
+        named = ", ".join(f"{part.classes[label]} {counts[label]}" for label in order[:5])
+        more = f" and {len(order) - 5} more" if len(order) > 5 else ""
+        console.warn(f"{part.domain}: {len(order)} classes have fewer than {per_class} clips: {named}{more}")

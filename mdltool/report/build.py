@@ -111,7 +111,7 @@ def decathlons(evals: Sequence[Evaluated]) -> str:
 
 
 def published(evals: Sequence[Evaluated]) -> str:
-    """Every figure that the recipe's paper prints for its row, beside ours where we measure it."""
+    """Every figure of a domain that the recipe's paper prints for its row, beside ours where we measure it."""
     rows = []
     for e in evals:
         recipe = e.model_json.get("recipe", {})

@@ -83,7 +83,8 @@ def joined(stored: Mapping[str, Any], recipe: Recipe, domain: str, source: Artif
     if isinstance(batch, dict):
         batch = {**batch, domain: recipe.data.batch}
     part = recipe_of(recipe, domain)
-    own = {**recipe.domains[domain].model_dump(mode="json"), "streams": part["domain"]["streams"]}
+    settled_here = {key: part["domain"][key] for key in ("flip", "streams")}  # the new domain's --set may say them
+    own = {**recipe.domains[domain].model_dump(mode="json"), **settled_here}
     both = with_streams(stored, domain, own, part.get("streams", {}), source.path)
     content = {**stored, **both, "data": {**stored["data"], "batch": batch}}
     return validate(content, f"{source.path} with {domain}", partial=True).model_dump(mode="json")

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from mdltool import console
@@ -16,7 +15,7 @@ from mdltool.artifact import Artifact
 from mdltool.data.index import ShardIndex
 from mdltool.data.loader import Stream, TrainLoader, ViewLoader
 from mdltool.data.order import Order, Share
-from mdltool.data.subset import subset_of
+from mdltool.data.subset import subset_of, warn_short
 from mdltool.errors import MdlError
 from mdltool.evaluate.scores import DomainScores, score_domain, tensors_of
 from mdltool.losses.multitrain import MultitrainLoss
@@ -24,6 +23,7 @@ from mdltool.model import MultiDomainModel
 from mdltool.registry import did_you_mean
 from mdltool.schema import Recipe, Step
 from mdltool.stages.plan import (
+    check_sides,
     decays_of,
     mix_of,
     modalities,
@@ -164,24 +164,15 @@ def announced_parts(recipe: Recipe, whole: Mapping[str, DomainData]) -> dict[str
     data, found = recipe.data, {}
     for name, entry in whole.items():
         index = entry.train_index
+        check_sides(recipe, index)
         part = wanted(recipe, index)
         if part is not index:
             share = f"{100 * data.fraction:g}%" if data.per_class is None else f"{data.per_class} of a class"
             console.say(f"{name}: {len(part)} of {len(index)} training clips ({share}, seed {data.subset_seed})")
         if data.per_class is not None:
-            _say_short(part, data.per_class)
+            warn_short(part, data.per_class)
         found[name] = replace(entry, train_index=part)
     return found
-
-
-def _say_short(part: ShardIndex, per_class: int) -> None:
-    """Say which classes have fewer clips than were asked for, the smallest first."""
-    counts = np.bincount(part.labels, minlength=len(part.classes))
-    order = sorted(np.flatnonzero(counts < per_class).tolist(), key=lambda label: (counts[label], label))
-    if order:
-        named = ", ".join(f"{part.classes[label]} {counts[label]}" for label in order[:5])
-        more = f" and {len(order) - 5} more" if len(order) > 5 else ""
-        console.warn(f"{part.domain}: {len(order)} classes have fewer than {per_class} clips: {named}{more}")
 
 
 def train_spec(recipe: Recipe, bn: str, order: Order, clips: Mapping[str, int]) -> TrainSpec:

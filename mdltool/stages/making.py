@@ -85,7 +85,7 @@ def trained(
     return progress
 
 
-def describe(
+def write_description(
     draft: Draft,
     spec: ModelSpec,
     recipe: Mapping[str, Any],
@@ -111,6 +111,7 @@ def progress_summary(progress: Progress | None) -> dict[str, Any]:
         "updates": progress.update,
         "seconds": round(progress.seconds, 2),
         "best_step": progress.best_update,
+        "updates_to_best": progress.best_update,
         "seconds_to_best": None if progress.best_seconds is None else round(progress.best_seconds, 2),
         "val": progress.last_scores,
     }

@@ -7,11 +7,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from mdltool import console
 from mdltool.data.augment import EraseSpec, RandAugmentSpec
+from mdltool.data.index import ShardIndex
 from mdltool.data.mixing import MixSpec
 from mdltool.data.order import InTurn, Mixed, Order, Proportions, Share
 from mdltool.data.sampling import Sampling
-from mdltool.data.transforms import TrainTransform
+from mdltool.data.transforms import TrainTransform, flipped_classes
 from mdltool.errors import MdlError
 from mdltool.evaluate.views import ViewSpec, parse_views
 from mdltool.losses.multitrain import MultitrainSpec
@@ -79,7 +81,8 @@ def modalities(recipe: Recipe, domain: str, without: Collection[str] = ()) -> di
 def completed(request: dict[str, Any]) -> dict[str, Any]:
     """A stage's stored request with every key of its recipes, those too that came after it was made.
 
-    A request is a recipe, with further keys or without, or holds one as `recipe` or `finetune`.
+    A request is a recipe, with further keys or without, or holds one as `recipe` or `finetune`. What papers print
+    decides nothing of a run and is left out.
     """
     inside = {key: _complete(request[key]) for key in ("recipe", "finetune") if isinstance(request.get(key), dict)}
     own = _complete({k: v for k, v in request.items() if k in Recipe.model_fields}) if "train" in request else {}
@@ -88,7 +91,7 @@ def completed(request: dict[str, Any]) -> dict[str, Any]:
 
 def _complete(content: dict[str, Any]) -> dict[str, Any]:
     try:
-        return Recipe.model_validate(content).model_dump(mode="json")
+        return Recipe.model_validate({**content, "published": None}).model_dump(mode="json")
     except ValidationError:  # of another version: it differs as it stands
         return content
 
@@ -202,6 +205,29 @@ def train_transform(recipe: Recipe, domain: str) -> TrainTransform:
         rand_augment=RandAugmentSpec(ops.ops, ops.magnitude, ops.std, ops.probability) if ops else None,
         erase=EraseSpec(box.probability, box.mode) if box else None,
     )
+
+
+def check_sides(recipe: Recipe, index: ShardIndex) -> None:
+    """Warn of flipped clips whose classes differ by left and right alone. Raises MdlError where these are to be
+    swapped and no class is named so.
+    """
+    domain = index.domain
+    if index.task != "single_label" or not train_transform(recipe, domain).flip:
+        return
+    names, images = index.classes, flipped_classes(index.classes)
+    swapped = [names[number] for number, image in images.items() if image != number]
+    swaps = recipe.domains[domain].swap_sides
+    if swaps and not swapped and len(images) == len(names):
+        raise MdlError(
+            f"{domain}: no class is named with left or right, so that nothing says what a flipped clip is",
+            f"domains.{domain}.swap_sides",
+            f"shard with the classes' names, or --set domains.{domain}.swap_sides=false and flip=0",
+        )
+    if swapped and not swaps:
+        console.warn(
+            f"{domain}: clips are flipped, though classes differ by left and right alone ({swapped[0]}, ...): "
+            f"--set domains.{domain}.swap_sides=true or domains.{domain}.flip=0"
+        )
 
 
 def grid_of(recipe: Recipe, domain: str, grid: str | None = None) -> str:

@@ -18,7 +18,14 @@ from mdltool.model_store import (
 from mdltool.schema import Recipe
 from mdltool.source_adapters import begin_as_source, check_source_adapters
 from mdltool.stages.fitting import gather_data
-from mdltool.stages.making import commit_model, data_inputs, describe, make_model, progress_summary, trained
+from mdltool.stages.making import (
+    commit_model,
+    data_inputs,
+    make_model,
+    progress_summary,
+    trained,
+    write_description,
+)
 from mdltool.stages.plan import check, model_spec
 from mdltool.stages.sources import with_sources
 
@@ -52,7 +59,7 @@ def run(
         own = source is None or changes_backbone(regimes, spec.bn)
         progress = trained(recipe, model, data, out, own_backbone=own, workers=workers)
         if draft is not None:
-            summary = describe(draft, spec, request, spaces, own, model.parameter_counts())
+            summary = write_description(draft, spec, request, spaces, own, model.parameter_counts())
             for name, about in summary["domains"].items():
                 about["clips"] = len(data[name].train_index)
             commit_model(draft, summary | progress_summary(progress))

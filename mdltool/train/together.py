@@ -28,7 +28,7 @@ def make_together(
 
     make: run on every rank, on rank 0 with the draft and on the others with None; they read and write below
     `partial_path(out)`. The rest is `begin`'s, which rank 0 alone runs, for its lock admits one process. Raises
-    rank 0's MdlError on every rank, so that none is left waiting.
+    begin's MdlError on every rank, so that none is left waiting.
     """
     world = join_world()
     kept: dict[str, Draft] = {}

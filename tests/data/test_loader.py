@@ -376,7 +376,7 @@ class _Hanging(torch.utils.data.Dataset[int]):
 
 
 def test_a_worker_that_hangs_in_a_video_ends_with_its_loader() -> None:
-    items = ahead.loaded(_Hanging(), [0, 1], workers=1)
+    items = ahead.load_ahead(_Hanging(), [0, 1], workers=1)
     worker = next(items)
     os.kill(worker, 0)  # lives
     items.close()

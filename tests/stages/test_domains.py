@@ -108,6 +108,16 @@ def test_a_domain_that_the_models_recipe_cannot_hold_is_refused(model: Path) -> 
         joined(stored, own, "new", source)
 
 
+def test_a_new_domain_keeps_the_flips_that_it_was_trained_with(model: Path) -> None:
+    source, stored = open_artifact(model), load("tiny_demo").model_dump(mode="json")
+    assert stored["data"]["augment"]["flip"] == 0
+    sets = ["data.augment.flip=0.5", "domains.new.swap_sides=true"]
+    own = settled(alone(stored, "new", "single_label"), sets, source)
+    whole = joined(stored, own, "new", source)
+    assert (whole["domains"]["new"]["flip"], whole["domains"]["new"]["swap_sides"]) == (0.5, True)
+    assert whole["data"]["augment"]["flip"] == 0
+
+
 def test_a_batch_of_each_domain_grows_with_the_model(
     world: World, mdltool: Callable[..., Ran], tmp_path: Path
 ) -> None:

@@ -154,6 +154,8 @@ def test_predict_refuses(
     ran = mdltool("predict", model, test_data / "awkward" / "corrupt" / "WrongFile.mp4", "--domain", "chalk")
     assert ran.code == 1
     assert "cannot be used" in ran.err
+    ran = mdltool("predict", model, "--domain", "chalk")
+    assert (ran.code, "no video was given" in ran.err) == (1, True)
     ran = mdltool("predict", world.work / "model" / "typo", video)
     assert "there is no such model, video or image" in ran.err
 
