@@ -82,7 +82,7 @@ def main() -> None:
         app(words)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
-        _leave_processes()
+        _leave_processes(75)
         sys.exit(75)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -91,7 +91,7 @@ def main() -> None:
         if end.code == 130:  # typer's answer to the same
             print("interrupted", file=sys.stderr)
         if not end.code:
-            _leave_processes()
+            _leave_processes(0)
         raise
     except BrokenPipeError:
         # the reader went away (| head); there is nobody to tell
@@ -158,12 +158,22 @@ def _report_defect() -> NoReturn:
     sys.exit(70)
 
 
-def _leave_processes() -> None:
-    """Leave the process group, whose threads would otherwise abort the interpreter's end now and then."""
-    if "torch.distributed" in sys.modules:
-        from mdltool.train.distributed import leave_world
+def _leave_processes(code: int) -> None:
+    """Leave the process group, where there is one, and end at once with a code.
 
-        leave_world()
+    Threads of a group's transport may ask for the interpreter while it ends, which aborts the process now and then;
+    a scheduler would take that for a failure.
+    """
+    if "torch.distributed" not in sys.modules:
+        return
+    from mdltool.data.ahead import end_workers
+    from mdltool.train.distributed import leave_world
+
+    if leave_world():
+        end_workers()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 if __name__ == "__main__":

@@ -73,6 +73,11 @@ def _started(loader: DataLoader[Any]) -> tuple[Iterator[Any], list[BaseProcess]]
     return items, [child for child in multiprocessing.active_children() if child not in others]
 
 
+def end_workers() -> None:
+    """Kill the workers that are left; for a process that ends without its exit handlers."""
+    _kill(multiprocessing.active_children())
+
+
 def _kill(processes: Sequence[BaseProcess]) -> None:
     alive = [process for process in processes if process.is_alive()]
     if alive:

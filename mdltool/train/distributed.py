@@ -42,10 +42,12 @@ def join_world() -> World:
     return World()
 
 
-def leave_world() -> None:
-    """Leave the process group, where there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def leave_world() -> bool:
+    """Leave the process group; whether there was one."""
+    if not dist.is_initialized():
+        return False
+    dist.destroy_process_group()
+    return True
 
 
 def gather_objects(value: Any, world: World) -> list[Any] | None:

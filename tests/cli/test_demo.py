@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mdltool.artifact import open_artifact
-from mdltool.cli import demo
+from mdltool.cli import demo, inputs
 from tests.conftest import Ran
 
 
@@ -19,6 +19,7 @@ def test_the_demo_goes_through_every_stage(
     small = {"CLIPS_PER_CLASS": 1, "FINETUNE": 2, "SOUND_CLIPS": 1, "VIEWS": "1x1", "SECOND_VIEWS": "1x1"}
     for name, value in small.items():
         monkeypatch.setattr(demo, name, value)
+    monkeypatch.setattr(inputs, "workers_or_default", lambda given: 0)
     short = ("--set", "train.steps.0.updates=2", "--set", "val.every=0")
     monkeypatch.setattr(demo._Runner, "_train_seed", lambda self: short)
     ran = mdltool("demo", "--out", tmp_path / "demo", "--json")
