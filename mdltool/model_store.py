@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -47,15 +48,17 @@ def changes_backbone(regimes: set[str], bn: str) -> bool:
     return bool(regimes & {"joint", "full"}) or bn in ("shared", "recalibrate")
 
 
-def write_model_json(
+def write_description(
     folder: Path,
     spec: ModelSpec,
     recipe: Mapping[str, Any],
     spaces: Mapping[str, LabelSpace],
     own_backbone: bool,
     parameters: Mapping[str, Any],
-) -> None:
-    """Everything but the tensors: enough to rebuild the model and to say what it is."""
+) -> dict[str, Any]:
+    """Write model.json and recipe.yaml, everything but the tensors: enough to rebuild the model and to say what it
+    is. Returns what the summary says of every model. parameters: as parameter_counts gives them.
+    """
     content = {
         "spec": spec.to_json(),
         "recipe": recipe,
@@ -64,6 +67,12 @@ def write_model_json(
         "parameters": parameters,
     }
     write_text(folder / "model.json", json.dumps(content, indent=1))
+    write_text(folder / "recipe.yaml", yaml.safe_dump(dict(recipe), sort_keys=False))
+    return {
+        "recipe": recipe["name"],
+        "domains": {name: {"classes": len(space.classes)} for name, space in spaces.items()},
+        "parameters": {key: value for key, value in parameters.items() if key != "per_domain"},
+    }
 
 
 def label_spaces(content: Mapping[str, Any]) -> dict[str, LabelSpace]:

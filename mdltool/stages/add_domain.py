@@ -19,12 +19,13 @@ from mdltool.model_store import (
     load_model,
     refuse_fused,
     seeded,
+    write_description,
 )
 from mdltool.registry import did_you_mean
 from mdltool.source_adapters import begin_as_source
 from mdltool.stages.continuing import alone, joined, settled
 from mdltool.stages.fitting import Scope, gather_data
-from mdltool.stages.making import commit_model, inputs_of, make_model, progress_summary, trained, write_description
+from mdltool.stages.making import commit_model, inputs_of, make_model, progress_summary, trained
 from mdltool.stages.plan import model_spec
 from mdltool.stages.sources import with_sources
 
@@ -70,7 +71,7 @@ def run(
         progress = trained(recipe, model, data, out, own_backbone=own, workers=workers, scope=scope)
         if draft is not None:
             spaces = label_spaces(content) | {domain: space}
-            summary = write_description(draft, model.spec, whole, spaces, own, model.parameter_counts())
+            summary = write_description(draft.path, model.spec, whole, spaces, own, model.parameter_counts())
             commit_model(draft, summary | {"added": domain} | progress_summary(progress))
 
     inputs = inputs_of(source, data, work)

@@ -14,11 +14,11 @@ from mdltool import console
 from mdltool.artifact import Artifact, Draft
 from mdltool.errors import MdlError
 from mdltool.model import MultiDomainModel
-from mdltool.model_store import grown, label_spaces, load_model, refuse_fused, seeded
+from mdltool.model_store import grown, label_spaces, load_model, refuse_fused, seeded, write_description
 from mdltool.registry import did_you_mean
 from mdltool.stages.begin_streams import begin_streams
 from mdltool.stages.fitting import Scope, gather_data, train_indices
-from mdltool.stages.making import commit_model, inputs_of, make_model, progress_summary, trained, write_description
+from mdltool.stages.making import commit_model, inputs_of, make_model, progress_summary, trained
 from mdltool.stages.modalities import Addition, Wanted, settle, spec_with
 from mdltool.stages.sources import with_sources
 
@@ -71,7 +71,7 @@ def run(
         if draft is not None:
             recipe = added.recipe.model_dump(mode="json")
             counts = model.parameter_counts()
-            summary = write_description(draft, model.spec, recipe, label_spaces(content), own, counts)
+            summary = write_description(draft.path, model.spec, recipe, label_spaces(content), own, counts)
             commit_model(draft, summary | {"added": added.streams} | progress_summary(progress))
 
     return make_model(out, make, stage="add-modality", inputs=inputs, request=request, resume=resume)

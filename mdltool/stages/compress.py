@@ -21,7 +21,7 @@ from mdltool.compress.ranks import Choice
 from mdltool.data.index import ShardIndex
 from mdltool.files import write_text
 from mdltool.model_spec import ModelSpec
-from mdltool.model_store import WEIGHTS, label_spaces, refuse_fused
+from mdltool.model_store import WEIGHTS, label_spaces, refuse_fused, write_description
 from mdltool.stages.compression import (
     Amount,
     Finetune,
@@ -39,7 +39,7 @@ from mdltool.stages.compression import (
     training_of,
 )
 from mdltool.stages.fitting import Scope
-from mdltool.stages.making import commit_model, inputs_of, make_model, progress_summary, write_description
+from mdltool.stages.making import commit_model, inputs_of, make_model, progress_summary
 from mdltool.stages.sweeping import Sweep, check_sweep, smallest_good, swept
 from mdltool.stages.whitening import Calibration, Whiten, check_whiten
 from mdltool.train.checkpoint import save_tensors
@@ -170,6 +170,6 @@ def _commit(
     write_text(draft.path / "compression.json", json.dumps({"weights": table}, indent=1))
     asked = {key: value for key, value in asdict(job.amount).items() if value is not None}
     own = bool(content["own_backbone"])
-    summary = write_description(draft, spec, content["recipe"], label_spaces(content), own, sizes(spec))
+    summary = write_description(draft.path, spec, content["recipe"], label_spaces(content), own, sizes(spec))
     summary |= {"compressed": totals(table) | asked, **progress_summary(progress)}
     commit_model(draft, summary, drop=(_START,))

@@ -23,7 +23,7 @@ from mdltool.errors import MdlError
 from mdltool.files import write_text
 from mdltool.model import build_model
 from mdltool.model_spec import ModelSpec
-from mdltool.model_store import WEIGHTS, label_spaces, refuse_fused
+from mdltool.model_store import WEIGHTS, label_spaces, refuse_fused, write_description
 from mdltool.registry import did_you_mean
 from mdltool.schema import Recipe
 from mdltool.stages.compression import (
@@ -35,7 +35,7 @@ from mdltool.stages.compression import (
 )
 from mdltool.stages.continuing import alone, joined, recipe_of
 from mdltool.stages.fitting import Scope
-from mdltool.stages.making import commit_model, inputs_of, make_model, progress_summary, write_description
+from mdltool.stages.making import commit_model, inputs_of, make_model, progress_summary
 from mdltool.train.checkpoint import save_tensors
 from mdltool.train.distributed import join_world
 from mdltool.train.together import by_main
@@ -84,7 +84,7 @@ def run(
         if draft is not None:
             spaces = label_spaces(job.old) | {job.domain: label_spaces(job.new)[job.domain]}
             write_text(draft.path / "extension.json", json.dumps({"weights": table}, indent=1))
-            summary = write_description(draft, spec, recipe, spaces, own_backbone, sizes(spec))
+            summary = write_description(draft.path, spec, recipe, spaces, own_backbone, sizes(spec))
             summary |= {"added": job.domain, "grown": grow, "lost": lost(table), **progress_summary(progress)}
             commit_model(draft, summary, drop=(_START,))
 

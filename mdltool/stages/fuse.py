@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from mdltool.artifact import Artifact, Draft, begin
 from mdltool.compress.fusing import check_foldable, digest_of_tensors, fused, is_sum, layer_of, subtract
 from mdltool.errors import MdlError
-from mdltool.files import write_text
 from mdltool.model import MultiDomainModel, build_model
 from mdltool.model_spec import ModelSpec
 from mdltool.model_store import (
@@ -26,7 +24,7 @@ from mdltool.model_store import (
     read_tensors,
     refuse_fused,
     stored_tensors,
-    write_model_json,
+    write_description,
 )
 from mdltool.registry import did_you_mean
 from mdltool.stages.plan import without_domain
@@ -74,12 +72,9 @@ def run(
                 save_tensors(original / _file(weights), _own_tensors(model, domain, own))
                 _describe(original, model.spec, recipe, spaces, own)
             model, difference[weights] = _fuse(model, domain, fold_bn, draft.path / _file(weights))
-        write_model_json(draft.path, model.spec, recipe, spaces, True, model.parameter_counts())
-        write_text(draft.path / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
-        summary = {
-            "recipe": recipe["name"],
+        counts = model.parameter_counts()
+        summary = write_description(draft.path, model.spec, recipe, spaces, True, counts) | {
             "fused": f"domain {domain}",
-            "domains": {domain: {"classes": len(spaces[domain].classes)}},
             "difference": difference,
             "undo": "no" if not original.is_dir() else "the model" if keep_original else "the domain alone",
         }
@@ -216,8 +211,7 @@ def _describe(
     alone = spec.of(spaces)
     with torch.device("meta"):
         counts = build_model(alone).parameter_counts()
-    write_model_json(folder, alone, recipe, spaces, own, counts)
-    write_text(folder / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
+    write_description(folder, alone, recipe, spaces, own, counts)
 
 
 def _subtracted(source: Artifact, spec: ModelSpec, weights: str) -> dict[str, Tensor]:

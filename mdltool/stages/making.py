@@ -6,13 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mdltool.artifact import Artifact, Draft, Input, partial_path
-from mdltool.files import write_text
 from mdltool.model import MultiDomainModel
-from mdltool.model_spec import ModelSpec
-from mdltool.model_store import find_backbone, stored_tensors, write_model_json
+from mdltool.model_store import find_backbone, stored_tensors
 from mdltool.schema import Recipe
 from mdltool.stages.fitting import DomainData, Scope, fit
 from mdltool.stages.plan import completed
@@ -20,7 +16,6 @@ from mdltool.train.checkpoint import save_tensors
 from mdltool.train.distributed import join_world
 from mdltool.train.plan import Progress
 from mdltool.train.together import make_together
-from mdltool.types import LabelSpace
 
 
 def make_model(
@@ -83,24 +78,6 @@ def trained(
         tensors = stored_tensors(model.to("cpu"), own_backbone)
         save_tensors(folder / "weights" / "last.safetensors", tensors)
     return progress
-
-
-def write_description(
-    draft: Draft,
-    spec: ModelSpec,
-    recipe: Mapping[str, Any],
-    spaces: Mapping[str, LabelSpace],
-    own_backbone: bool,
-    counts: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Write model.json and recipe.yaml. Returns what the summary says of every model."""
-    write_model_json(draft.path, spec, recipe, spaces, own_backbone, counts)
-    write_text(draft.path / "recipe.yaml", yaml.safe_dump(dict(recipe), sort_keys=False))
-    return {
-        "recipe": recipe["name"],
-        "domains": {name: {"classes": len(space.classes)} for name, space in spaces.items()},
-        "parameters": {key: value for key, value in counts.items() if key != "per_domain"},
-    }
 
 
 def progress_summary(progress: Progress | None) -> dict[str, Any]:

@@ -5,20 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mdltool import console
 from mdltool.artifact import Artifact, begin
 from mdltool.domain_pack import DomainPack
 from mdltool.errors import MdlError
-from mdltool.files import write_text
 from mdltool.model_store import (
     find_backbone,
     label_spaces,
     load_model,
     refuse_fused,
     stored_tensors,
-    write_model_json,
+    write_description,
 )
 from mdltool.recipe import validate
 from mdltool.stages.continuing import with_streams
@@ -50,14 +47,9 @@ def run(source: Artifact, pack: DomainPack, name: str, out: Path, *, weights: st
         model = load_model(source, weights, work)
         model.mount(name, pack)
         save_tensors(draft.path / "weights" / "last.safetensors", stored_tensors(model, own))
-        write_model_json(draft.path, model.spec, recipe, domains, own, model.parameter_counts())
-        write_text(draft.path / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
-        summary = {
-            "recipe": recipe["name"],
-            "added": name,
-            "domains": {known: {"classes": len(space.classes)} for known, space in domains.items()},
-        }
-        return draft.commit(summary)
+        counts = model.parameter_counts()
+        summary = write_description(draft.path, model.spec, recipe, domains, own, counts)
+        return draft.commit(summary | {"added": name})
 
 
 def _joined(stored: dict[str, Any], name: str, part: Any, where: object) -> dict[str, Any]:

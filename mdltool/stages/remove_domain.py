@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
-
 from mdltool.artifact import Artifact, begin
 from mdltool.errors import MdlError
-from mdltool.files import write_text
 from mdltool.model_store import (
     WEIGHTS,
     find_backbone,
@@ -17,7 +14,7 @@ from mdltool.model_store import (
     reduced,
     refuse_fused,
     stored_tensors,
-    write_model_json,
+    write_description,
 )
 from mdltool.registry import did_you_mean
 from mdltool.stages.plan import without_domain
@@ -44,11 +41,6 @@ def run(source: Artifact, domain: str, out: Path, *, work: Path) -> Artifact:
         for weights in [name for name in WEIGHTS if f"weights/{name}.safetensors" in source.files]:
             model = reduced(load_model(source, weights, work), domain)
             save_tensors(draft.path / "weights" / f"{weights}.safetensors", stored_tensors(model, own))
-        write_model_json(draft.path, model.spec, recipe, kept, own, model.parameter_counts())
-        write_text(draft.path / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
-        summary = {
-            "recipe": recipe["name"],
-            "removed": domain,
-            "domains": {name: {"classes": len(space.classes)} for name, space in kept.items()},
-        }
-        return draft.commit(summary)
+        counts = model.parameter_counts()
+        summary = write_description(draft.path, model.spec, recipe, kept, own, counts)
+        return draft.commit(summary | {"removed": domain})

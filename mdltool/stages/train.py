@@ -14,6 +14,7 @@ from mdltool.model_store import (
     changes_backbone,
     choose_backbone,
     seeded,
+    write_description,
 )
 from mdltool.schema import Recipe
 from mdltool.source_adapters import begin_as_source, check_source_adapters
@@ -24,7 +25,6 @@ from mdltool.stages.making import (
     make_model,
     progress_summary,
     trained,
-    write_description,
 )
 from mdltool.stages.plan import check, model_spec
 from mdltool.stages.sources import with_sources
@@ -59,7 +59,7 @@ def run(
         own = source is None or changes_backbone(regimes, spec.bn)
         progress = trained(recipe, model, data, out, own_backbone=own, workers=workers)
         if draft is not None:
-            summary = write_description(draft, spec, request, spaces, own, model.parameter_counts())
+            summary = write_description(draft.path, spec, request, spaces, own, model.parameter_counts())
             for name, about in summary["domains"].items():
                 about["clips"] = len(data[name].train_index)
             commit_model(draft, summary | progress_summary(progress))

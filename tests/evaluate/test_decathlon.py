@@ -15,7 +15,7 @@ from mdltool.errors import MdlError
 from mdltool.evaluate.decathlon import RA17, Baseline, Decathlon, headline, parse_added, read_baseline
 from mdltool.lineage import trace
 from mdltool.model import build_model
-from mdltool.model_store import stored_tensors, write_model_json
+from mdltool.model_store import stored_tensors, write_description
 from mdltool.published import Row, decathlon_of, tables, top1
 from mdltool.recipe import load
 from mdltool.report.build import Evaluated, decathlons
@@ -175,7 +175,7 @@ def untrained(world: World, path: Path) -> Path:
     draft = begin(path, kind="model", stage="train", inputs=[], request={})
     assert not isinstance(draft, Artifact)
     save_tensors(draft.path / "weights" / "last.safetensors", stored_tensors(build_model(spec), own_backbone=True))
-    write_model_json(
+    write_description(
         draft.path, spec, recipe.model_dump(mode="json"), {"chalk": LabelSpace("single_label", names)}, True, {}
     )
     draft.commit({"domains": {"chalk": {}}})

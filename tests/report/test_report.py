@@ -16,7 +16,7 @@ from mdltool.files import write_text
 from mdltool.lineage import Node
 from mdltool.model import build_model
 from mdltool.model_spec import AdapterSpec, ModelSpec
-from mdltool.model_store import stored_tensors, write_model_json
+from mdltool.model_store import stored_tensors, write_description
 from mdltool.report import branches, build, page, plots
 from mdltool.train.checkpoint import save_tensors
 from mdltool.types import LabelSpace
@@ -152,9 +152,9 @@ def with_branches(path: Path, fusion: str, last: float, best: float) -> Artifact
                 block = float(key.split("/")[1].removeprefix("block").partition(".")[0])
                 tensors[key] = torch.tensor([1.0, 2.0, -3.0]) * scale * block * (1 if key[0] == "a" else 10)
         save_tensors(draft.path / "weights" / f"{name}.safetensors", tensors)
-    recipe = {"domains": {d: {"task": "single_label"} for d in "ab"}}
+    recipe = {"name": "branches", "domains": {d: {"task": "single_label"} for d in "ab"}}
     spaces = {domain: LabelSpace("single_label", (name,)) for domain, name in (("a", "x"), ("b", "y"))}
-    write_model_json(draft.path, spec, recipe, spaces, True, {})
+    write_description(draft.path, spec, recipe, spaces, True, {})
     return draft.commit({})
 
 

@@ -23,7 +23,7 @@ from mdltool.counting import count
 from mdltool.domain_pack import read_pack
 from mdltool.errors import MdlError
 from mdltool.model import MultiDomainModel, build_model
-from mdltool.model_store import extended, load_model, reduced, write_model_json
+from mdltool.model_store import extended, load_model, reduced, write_description
 from mdltool.recipe import load
 from mdltool.stages import compress, fuse
 from mdltool.stages.continuing import finetuning
@@ -47,7 +47,7 @@ def stored(model: MultiDomainModel, folder: Path, *more: str) -> Artifact:
     recipe["domains"] = {domain: {"task": "single_label"} for domain in model.spec.domains}
     classes = {d: tuple(f"c{i}" for i in range(n)) for d, n in model.spec.domains.items()}
     spaces = {domain: LabelSpace("single_label", names) for domain, names in classes.items()}
-    write_model_json(draft.path, model.spec, recipe, spaces, True, model.parameter_counts())
+    write_description(draft.path, model.spec, recipe, spaces, True, model.parameter_counts())
     for name in ("last", *more):
         save_tensors(draft.path / "weights" / f"{name}.safetensors", model.tensors())
     return draft.commit({"domains": {d: {"classes": len(c)} for d, c in classes.items()}})

@@ -12,7 +12,6 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
-import yaml
 from safetensors import safe_open
 from torch import nn
 
@@ -28,7 +27,7 @@ from mdltool.model_store import (
     save_backbone,
     seeded,
     stored_tensors,
-    write_model_json,
+    write_description,
 )
 from mdltool.recipe import load
 from mdltool.stages import fuse
@@ -73,8 +72,7 @@ def stored(
             nn.init.normal_(head)
     content = recipe.model_dump(mode="json")
     spaces = {domain: LabelSpace("single_label", names) for domain, names in classes.items()}
-    write_model_json(draft.path, spec, content, spaces, own, model.parameter_counts())
-    write_text(draft.path / "recipe.yaml", yaml.safe_dump(content))
+    write_description(draft.path, spec, content, spaces, own, model.parameter_counts())
     write_text(draft.path / "metrics.jsonl", "")
     summary = {"recipe": recipe.name, "domains": {name: {"classes": len(c)} for name, c in classes.items()}}
     return draft.commit(summary, volatile=("metrics.jsonl",))
